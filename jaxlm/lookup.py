@@ -1,0 +1,34 @@
+"""A name becomes a thing: a key of a table, or "package.module:attribute"."""
+import difflib
+import importlib
+from typing import Any, Mapping
+
+from jaxlm.types import JaxlmError
+
+
+def nearest(name: str, known) -> str:
+  """' Did you mean …?' for the known name closest to `name`, or ''."""
+  close = difflib.get_close_matches(str(name), [str(k) for k in known], n=1, cutoff=0.6)
+  return f' Did you mean {close[0]!r}?' if close else ''
+
+
+def lookup(table: Mapping[str, Any], name: str, kind: str) -> Any:
+  """Returns `table[name]`, or imports "package.module:attribute".
+
+  Args:
+    table: what the project knows by name.
+    name: a key of it, or a module path and an attribute joined by a colon.
+    kind: what the table holds, for the message: 'objective', 'optimizer'.
+  Raises:
+    JaxlmError: the name is neither, or does not import.
+  """
+  if name in table:
+    return table[name]
+  if ':' in name:
+    module, _, attribute = name.partition(':')
+    try:
+      return getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as e:
+      raise JaxlmError(f'Cannot import {kind} {name!r}: {e}.') from e
+  raise JaxlmError(f'Unknown {kind} {name!r}. Known: {", ".join(sorted(table))}; or pass "module:attribute".'
+                   + nearest(name, table))

@@ -1,0 +1,278 @@
+"""Every key of a config with its default, unit, reason and range: a line a key."""
+import dataclasses
+import math
+from typing import Any, Callable
+
+from ml_collections import ConfigDict
+
+
+@dataclasses.dataclass(frozen=True)
+class Check:
+  """A range a value must lie in, and how to say so."""
+  wanted: str
+  holds: Callable[[Any], bool]
+
+
+@dataclasses.dataclass(frozen=True)
+class Key:
+  """One key: its default, or how it follows from others, and its range."""
+  value: Any
+  check: Check | None = None
+  derive: Callable[[ConfigDict], Any] | None = None
+
+
+def at_least(low) -> Check:
+  return Check(f'at least {low}', lambda x: x >= low)
+
+
+def above(low) -> Check:
+  return Check(f'above {low}', lambda x: x > low and x != math.inf)
+
+
+def between(low, high) -> Check:
+  return Check(f'from {low} to {high}', lambda x: low <= x <= high)
+
+
+def fraction() -> Check:
+  """At least 0 and less than 1: a rate of dropping, holding out, forgetting."""
+  return Check('at least 0 and less than 1', lambda x: 0 <= x < 1)
+
+
+def choice(*names: str) -> Check:
+  return Check('one of ' + ', '.join(repr(n) for n in names), lambda x: x in names)
+
+
+def name() -> Check:
+  """The name of something looked up where it is used, in a table or as "module:attribute"."""
+  return Check('a name', lambda x: bool(x.strip()))
+
+
+def text() -> Check:
+  """Any text that can stand on one line; '' means none."""
+  return Check('one line of text', lambda x: '\n' not in x and '\0' not in x)
+
+
+def texts() -> Check:
+  return Check('a tuple of texts', lambda x: all(isinstance(i, str) for i in x))
+
+
+def integers(low: int) -> Check:
+  return Check(f'a tuple of integers, each at least {low}',
+               lambda x: all(type(i) is int and i >= low for i in x))
+
+
+def pairs(check: Callable[[Any, Any], bool], wanted: str) -> Check:
+  return Check(f'a tuple of {wanted} pairs',
+               lambda x: all(isinstance(p, tuple) and len(p) == 2 and check(*p) for p in x))
+
+
+def flag() -> Check:
+  return Check('True or False', lambda x: isinstance(x, bool))
+
+
+def _number(x) -> bool:
+  return isinstance(x, (int, float)) and not isinstance(x, bool) and math.isfinite(x)
+
+
+def _schedule_of(first, value) -> bool:
+  return type(first) is int and first >= 0 and value(first)
+
+
+def ref(path: str, then: Callable[[Any], Any] = lambda x: x) -> Callable[[ConfigDict], Any]:
+  """A value that follows another key until it is set itself."""
+  def derive(config: ConfigDict):
+    *folders, last = path.split('.')
+    for folder in folders:
+      config = config[folder]
+    return then(config.get_ref(last))
+  return derive
+
+
+SCHEMA: dict[str, Any] = dict(
+    seed=Key(0, at_least(0)),                        # every random stream of a run derives from it
+    steps=Key(1_000, at_least(1)),                   # updates in the whole run
+    batch_size=Key(32, at_least(1)),                 # examples (rows) an update, over all devices
+    batch_ramp=Key((), pairs(lambda s, b: type(s) is int and s >= 1 and type(b) is int and b >= 1,
+                             '(until this step, batch size)')),  # smaller batches first; then batch_size
+    accumulation=Key(1, at_least(1)),                # microbatches a batch is cut into, to save memory
+    seq_len=Key(1024, at_least(2)),                  # tokens a row
+    log_every=Key(10, at_least(1)),                  # steps between lines in metrics.jsonl
+    eval_every=Key(500, at_least(0)),                # steps between evaluations; 0: only after the last
+    save_every=Key(500, at_least(0)),                # steps between checkpoints; 0: only after the last
+    tensorboard=Key(True, flag()),                   # also write metrics as TensorBoard events
+    on_nonfinite=Key('stop', choice('stop', 'skip', 'rewind')),  # a loss or gradient that is not finite:
+    # end the run, leave the update out, or go back to the last checkpoint and past the bad batches (PaLM)
+    max_rewinds=Key(5, at_least(0)),                 # rewinds in one run before it is given up
+
+    model=dict(
+        family=Key('custom', name()),                # whose weight names are used with Hugging Face folders
+        width=Key(768, at_least(1)),                 # D, of the residual stream
+        num_layers=Key(12, at_least(1)),             # L
+        vocab_size=Key(0, at_least(0)),              # V; 0: the tokenizer's
+        vocab_pad_to=Key(128, at_least(1)),          # embedding rows are rounded up to a multiple of this
+        max_length=Key(1024, at_least(1), ref('seq_len')),  # learned positions there are
+        tie_embeddings=Key(True, flag()),            # the output layer is the embedding, transposed
+        embedding_scale=Key(1.0, above(0.0)),        # embeddings times this; sqrt(width) in Gemma and the 2017 model
+        logit_softcap=Key(0.0, at_least(0.0)),       # logits = c·tanh(logits / c); 0: none
+        dropout=Key(0.0, fraction()),                # of embeddings and of each branch's output
+        remat=Key('none', name()),                   # what the backward pass recomputes: none full dots names
+        remat_names=Key((), texts()),                # with "names": the checkpoint_name values that are kept
+        scan=Key(True, flag()),                      # one compiled layer for all; False: a program a layer
+        attention=dict(
+            num_heads=Key(12, at_least(1)),          # N
+            num_kv_heads=Key(12, at_least(1), ref('model.attention.num_heads', lambda n: n * 1)),  # K; divides N
+            head_dim=Key(64, at_least(1), lambda c: c.model.get_ref('width')
+                         // c.model.attention.get_ref('num_heads')),  # H
+            bias=Key(True, flag()),                  # on queries, keys and values
+            out_bias=Key(True, flag()),              # on the output projection
+            qk_norm=Key('none', choice('none', 'head')),  # norm of queries and keys over each head
+            softcap=Key(0.0, at_least(0.0)),         # scores = c·tanh(scores / c); 0: none
+            scale=Key(0.0, at_least(0.0)),           # scores times this; 0: 1 / sqrt(head_dim)
+            dropout=Key(0.0, fraction()),            # of attention probabilities; dense kernel only
+            windows=Key((0,), Check('a tuple of integers, each at least 0, and at least one', lambda x: bool(x)
+                                    and integers(0).holds(x))),  # tokens seen back, itself included,
+            # by layer, repeated over the depth; 0: all
+            kernel=Key('dense', name()),             # dense, blockwise, or "module:function"
+            block=Key(512, at_least(1)),             # tokens in a block of the blockwise kernel
+        ),
+        mlp=dict(
+            width=Key(3072, at_least(1), ref('model.width', lambda d: d * 4)),  # F
+            activation=Key('gelu_tanh', name()),     # gelu gelu_tanh relu relu2 silu
+            gated=Key(False, flag()),                # act(gate)·up: SwiGLU is silu gated, GeGLU gelu gated
+            bias=Key(True, flag()),
+        ),
+        norm=dict(
+            kind=Key('layernorm', choice('layernorm', 'rmsnorm')),
+            bias=Key(True, flag()),                  # of LayerNorm
+            eps=Key(1e-5, above(0.0)),
+        ),
+        residual=dict(                               # x = post_norm(alpha·x + out_norm(f(in_norm(x))))
+            in_norm=Key(True, flag()),               # pre-norm
+            out_norm=Key(False, flag()),             # before the sum (Gemma 2's sandwich)
+            post_norm=Key(False, flag()),            # after the sum (2017, BERT, GPT-1)
+            alpha=Key(1.0, above(0.0)),              # DeepNorm's scale of the skip path
+            parallel=Key(False, flag()),             # attention and MLP read the same normed x (GPT-J, PaLM)
+            final_norm=Key(True, flag()),            # before the output layer
+        ),
+        positions=dict(
+            kind=Key('learned', name()),             # learned sinusoidal rope alibi none
+            rope=dict(
+                base=Key(10_000.0, above(1.0)),      # longest wavelength / 2π, in tokens
+                scaling=Key('none', name()),         # none linear ntk yarn llama3
+                factor=Key(1.0, at_least(1.0)),      # new length / trained length
+                original_length=Key(1024, at_least(1), ref('seq_len')),  # tokens trained at
+                low_freq_factor=Key(1.0, above(0.0)),   # llama3: wavelengths above original / this are scaled
+                high_freq_factor=Key(4.0, above(0.0)),  # llama3: those below original / this are kept
+                beta_fast=Key(32.0, above(0.0)),     # yarn: turns above which a dimension is kept
+                beta_slow=Key(1.0, above(0.0)),      # yarn: turns below which it is scaled
+                attention_factor=Key(0.0, at_least(0.0)),  # yarn: of cos and sin; 0: 0.1·ln(factor) + 1
+            ),
+        ),
+        init=dict(
+            std=Key(0.02, above(0.0)),               # of weights
+            embedding_std=Key(0.02, above(0.0), ref('model.init.std', lambda s: s * 1)),
+            scale_by_depth=Key(True, flag()),        # what adds to the residual stream: std / sqrt(2·num_layers)
+        ),
+    ),
+
+    objective=dict(
+        name=Key('causal', name()),                  # which of the sub-configs below trains
+        causal=dict(),                               # predict the next token; nothing to set
+    ),
+
+    data=dict(
+        source=Key('stdlib', name()),                # stdlib, text, jsonl
+        paths=Key('', text()),                       # files, as globs joined by commas
+        text_field=Key('text', name()),              # of a JSON Lines object
+        document=Key('file', choice('file', 'line', 'paragraph')),  # what a document is in a text file
+        mixture=Key((), Check('a tuple of (name, source, paths, weight), weights whole and at least 1', lambda x: all(
+            isinstance(m, tuple) and len(m) == 4 and all(isinstance(s, str) for s in m[:3])
+            and type(m[3]) is int and m[3] >= 1 for m in x))),  # several sources instead of the one above
+        phases=Key((), pairs(lambda n, w: _schedule_of(n, lambda _: isinstance(w, tuple) and integers(0).holds(w)
+                                                       and sum(w) > 0), '(first example, weights)')),
+        # other mixture weights from that example number on; an example's number is its step × batch_size
+        tokenizer=Key('bytes', name()),              # bytes; bpe wordpiece unigram, trained here; or a tokenizer.json
+        vocab_size=Key(4096, at_least(260)),         # pieces of a tokenizer trained here
+        tokenizer_bytes=Key(1 << 26, at_least(1)),   # text it is trained on, at most
+        bos=Key(True, flag()),                       # a document starts with the end-of-text token: its first is predicted too
+        eos=Key(True, flag()),                       # and ends with it
+        store=Key('', text()),                       # folder of token stores; '': the user's cache folder
+        holdout=Key(0.01, fraction()),               # of documents, by digest, never trained on
+        packing=Key('concatenated', name()),         # concatenated best_fit contiguous padded
+        mask_documents=Key(True, flag()),            # a token sees its own document only
+        shuffle=Key(True, flag()),                   # a new order of documents every epoch
+        workers=Key(0, between(0, 256)),             # processes that make batches; 0: a thread
+        prefetch=Key(4, between(1, 1024)),           # batches made ahead
+    ),
+
+    loss=dict(
+        z_loss=Key(0.0, at_least(0.0)),              # times log²Z, keeps logits small (PaLM: 1e-4)
+        label_smoothing=Key(0.0, fraction()),        # of the target's probability, spread over the vocabulary
+        chunk=Key(512, at_least(1)),                 # positions of a row whose logits exist at once
+    ),
+
+    optim=dict(
+        name=Key('adamw', name()),                   # which of the sub-configs below, or "module:function"
+        lr=Key(3e-4, above(0.0)),                    # peak
+        schedule=Key('cosine', name()),              # cosine wsd linear rsqrt constant, after the warmup
+        warmup_steps=Key(0, at_least(0)),            # steps, linear from 0
+        total_steps=Key(1_000, at_least(1), ref('steps')),  # steps over which the rate falls
+        final_fraction=Key(0.1, between(0.0, 1.0)),  # of lr, at total_steps
+        decay_fraction=Key(0.2, between(0.0, 1.0)),  # wsd: of total_steps, spent falling
+        weight_decay=Key(0.1, at_least(0.0)),        # times the rate, times the parameter
+        decay_rules=Key((('.*/(bias|scale)', 0.0), ('.*', 1.0)),
+                        pairs(lambda p, m: isinstance(p, str) and _number(m), '(pattern, multiple of weight_decay)')),
+        lr_rules=Key((('.*', 1.0),),
+                     pairs(lambda p, m: isinstance(p, str) and _number(m), '(pattern, multiple of lr)')),
+        freeze=Key((), texts()),                     # patterns of parameters that stay as they are
+        clip_norm=Key(1.0, at_least(0.0)),           # of the whole gradient; 0: none
+        ema_decay=Key(0.0, fraction()),              # moving average of parameters, used to evaluate; 0: none
+        adamw=dict(b1=Key(0.9, fraction()), b2=Key(0.95, fraction()), eps=Key(1e-8, above(0.0))),
+        adafactor=dict(decay_rate=Key(0.8, between(0.0, 1.0)), clipping=Key(1.0, above(0.0)),
+                       min_dim=Key(128, at_least(1))),  # factored from this size on
+        lion=dict(b1=Key(0.9, fraction()), b2=Key(0.99, fraction())),
+        muon=dict(beta=Key(0.95, fraction()), ns_steps=Key(5, at_least(1)), adam_b1=Key(0.9, fraction()),
+                  adam_b2=Key(0.95, fraction())),    # matrices; the rest by Adam
+        sgd=dict(momentum=Key(0.9, fraction()), nesterov=Key(False, flag())),
+        lamb=dict(b1=Key(0.9, fraction()), b2=Key(0.999, fraction()), eps=Key(1e-6, above(0.0))),
+        lars=dict(momentum=Key(0.9, fraction()), trust=Key(0.001, above(0.0))),
+        novograd=dict(b1=Key(0.9, fraction()), b2=Key(0.25, fraction()), eps=Key(1e-6, above(0.0))),
+        adagrad=dict(initial=Key(0.1, at_least(0.0)), eps=Key(1e-7, above(0.0))),
+        rmsprop=dict(decay=Key(0.9, fraction()), eps=Key(1e-8, above(0.0))),
+    ),
+
+    mesh={axis: Key(size, Check('at least 1, or -1 for what is left', lambda x: x >= 1 or x == -1))
+          for axis, size in dict(replica=1, data=-1, fsdp=1, tensor=1, seq=1, pipe=1, expert=1).items()},
+
+    sharding=dict(                                   # logical axis -> mesh axis, tuple of them, or None
+        rules=Key((
+            ('act_batch', ('replica', 'data', 'fsdp')), ('act_length', 'seq'), ('act_embed', None),
+            ('act_heads', 'tensor'), ('act_mlp', 'tensor'), ('act_vocab', 'tensor'),
+            ('vocab', 'tensor'), ('embed', 'fsdp'), ('mlp', 'tensor'), ('heads', 'tensor'), ('kv_heads', 'tensor'),
+            ('head_dim', None), ('expert', 'expert'), ('layers', None), ('stage', 'pipe')),
+            pairs(lambda a, m: isinstance(a, str) and (m is None or isinstance(m, (str, tuple))),
+                  '(logical axis, mesh axis)')),
+    ),
+
+    precision=dict(
+        compute=Key('float32', choice('float32', 'bfloat16')),  # of activations and matrix products
+        params=Key('float32', choice('float32', 'bfloat16')),   # of the weights the optimizer keeps
+    ),
+
+    checkpoint=dict(
+        keep_latest=Key(2, at_least(2)),             # newest ones kept; one may prove damaged, so two at least
+        keep_every=Key(0, at_least(0)),              # also every so many steps, for good; 0: none
+        keep_best=Key(0, at_least(0)),               # also the best by best_metric; 0: none
+        best_metric=Key('eval/heldout/loss', name()),  # lower is better
+        resume=Key('', text()),                      # run to continue from, state and data position, in a new workdir
+        init_from=Key('', text()),                   # run whose weights this one starts with
+    ),
+
+    eval=dict(
+        batch_size=Key(32, at_least(1), ref('batch_size')),  # rows
+        max_tokens=Key(1 << 20, at_least(1)),        # held-out text a source is measured on, whole documents
+        prompts=Key(('',), texts()),                 # what samples.jsonl continues; none: no samples
+        sample_tokens=Key(64, at_least(1)),          # length of a sample
+        temperature=Key(0.8, at_least(0.0)),         # of samples; 0: greedy
+    ),
+)
