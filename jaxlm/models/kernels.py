@@ -95,25 +95,26 @@ def dense(q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, visibility: Visibility, *
   del block
   B, T, N, H = q_BTNH.shape
   S, K = k_BSKH.shape[1:3]
-  q_BKGTH = q_BTNH.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
+  # Query heads of one kv head become rows of one matrix: 4-D operands, heads before tokens. With five dimensions, or
+  # tokens before heads, XLA on a CPU transposes the scores.
+  q_BKXH = q_BTNH.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4).reshape(B, K, N // K * T, H)
   k_BKSH, v_BKSH = k_BSKH.transpose(0, 2, 1, 3), v_BSKH.transpose(0, 2, 1, 3)
-  seen_BTS = visible(visibility)
-  score_BKGTS = jnp.einsum('BKGTH,BKSH->BKGTS', q_BKGTH, k_BKSH, preferred_element_type=jnp.float32) * scale
+  score_BKXS = jnp.einsum('BKXH,BKSH->BKXS', q_BKXH, k_BKSH, preferred_element_type=jnp.float32) * scale
+  score_BNTS = score_BKXS.reshape(B, N, T, S)
   if softcap:
-    score_BKGTS = softcap * jnp.tanh(score_BKGTS / softcap)
+    score_BNTS = softcap * jnp.tanh(score_BNTS / softcap)
   if bias is not None:
-    bias_BNTS = bias.fn(bias.params, visibility.position_q_BT, visibility.position_k_BS)
-    score_BKGTS += bias_BNTS.reshape(-1, K, N // K, T, S)
-  score_BKGTS = jnp.where(seen_BTS[:, None, None], score_BKGTS, MASKED)
+    score_BNTS += bias.fn(bias.params, visibility.position_q_BT, visibility.position_k_BS)
+  seen_BTS = visible(visibility)
+  score_BNTS = jnp.where(seen_BTS[:, None], score_BNTS, MASKED)
   # The shift leaves the result as it is, so it needs no gradient; dividing the output, not the scores, saves a pass.
-  weight_BKGTS = jnp.exp(score_BKGTS - jax.lax.stop_gradient(score_BKGTS.max(-1, keepdims=True)))
-  total_BKGT1 = weight_BKGTS.sum(-1, keepdims=True)
+  weight_BNTS = jnp.exp(score_BNTS - jax.lax.stop_gradient(score_BNTS.max(-1, keepdims=True)))
+  total_BNT1 = weight_BNTS.sum(-1, keepdims=True)
   if dropout is not None:
-    weight_BKGTS = dropout((weight_BKGTS / total_BKGT1).reshape(B, N, T, S)).reshape(weight_BKGTS.shape)
-    total_BKGT1 = jnp.ones_like(total_BKGT1)
-  out_BKGTH = jnp.einsum('BKGTS,BKSH->BKGTH', weight_BKGTS.astype(v_BKSH.dtype), v_BKSH,
-                         preferred_element_type=jnp.float32) / total_BKGT1
-  out_BTNH = out_BKGTH.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
+    weight_BNTS, total_BNT1 = dropout(weight_BNTS / total_BNT1), jnp.ones_like(total_BNT1)
+  weight_BKXS = weight_BNTS.reshape(score_BKXS.shape).astype(v_BKSH.dtype)
+  out_BKXH = jnp.einsum('BKXS,BKSH->BKXH', weight_BKXS, v_BKSH, preferred_element_type=jnp.float32)
+  out_BTNH = (out_BKXH.reshape(B, N, T, H) / total_BNT1).transpose(0, 2, 1, 3)
   return jnp.where(seen_BTS.any(-1)[:, :, None, None], out_BTNH, 0).astype(q_BTNH.dtype)
 
 
