@@ -249,7 +249,8 @@ SCHEMA: dict[str, Any] = dict(
             ('act_batch', ('replica', 'data', 'fsdp')), ('act_length', 'seq'), ('act_embed', None),
             ('act_heads', 'tensor'), ('act_mlp', 'tensor'), ('act_vocab', 'tensor'),
             ('vocab', 'tensor'), ('embed', 'fsdp'), ('mlp', 'tensor'), ('heads', 'tensor'), ('kv_heads', 'tensor'),
-            ('head_dim', None), ('expert', 'expert'), ('layers', None), ('stage', 'pipe')),
+            ('head_dim', None), ('expert', 'expert'), ('layers', None), ('stage', 'pipe'),
+            ('mlp', 'fsdp'), ('head_dim', 'fsdp')),  # a second rule adds axes the array does not use: biases
             pairs(lambda a, m: isinstance(a, str) and (m is None or isinstance(m, (str, tuple))),
                   '(logical axis, mesh axis)')),
     ),

@@ -1,0 +1,175 @@
+"""What training minimises, as sums over targets with their counts; divided once, over the global batch."""
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxlm.models.layers import softcap
+from jaxlm.models.transformer import Transformer
+from jaxlm.sharding import Layout
+from jaxlm.types import Array, Tree
+
+Sums = dict[str, tuple[Array, Array]]  # name: (sum, count)
+
+
+@dataclasses.dataclass(frozen=True)
+class Vocabulary:
+  """How hidden states become losses.
+
+  Attributes:
+    size: of the vocabulary; columns beyond it have no probability.
+    softcap: of logits; 0: none.
+    z_loss: weight of log²Z (Chowdhery et al. 2022, PaLM, section 5).
+    smoothing: of the target's probability, spread evenly (Szegedy et al. 2016).
+    chunk: positions of a row whose logits exist at once.
+    layout: pins logits.
+  """
+  size: int
+  softcap: float
+  z_loss: float
+  smoothing: float
+  chunk: int
+  layout: Layout
+
+
+def _logits(vocabulary: Vocabulary, hidden_BTD: Array, w_VD: Array) -> Array:
+  """float32 [B, T, V]; no probability beyond the vocabulary."""
+  logits_BTV = jnp.einsum('BTD,VD->BTV', hidden_BTD, w_VD.astype(hidden_BTD.dtype), preferred_element_type=jnp.float32)
+  logits_BTV = vocabulary.layout.constrain(logits_BTV, 'act_batch', 'act_length', 'act_vocab')
+  logits_BTV = softcap(logits_BTV, vocabulary.softcap)
+  if logits_BTV.shape[-1] == vocabulary.size:
+    return logits_BTV
+  return jnp.where(jnp.arange(logits_BTV.shape[-1]) < vocabulary.size, logits_BTV, -jnp.inf)
+
+
+def _token_losses(vocabulary: Vocabulary, logits_BTV: Array, targets_BT: Array) -> tuple[Array, Array, Array, Array]:
+  """(loss, nll, correct, log Z) of each target."""
+  log_z_BT = jax.nn.logsumexp(logits_BTV, axis=-1)
+  nll_BT = log_z_BT - jnp.take_along_axis(logits_BTV, targets_BT[..., None], axis=-1)[..., 0]
+  loss_BT = nll_BT
+  if vocabulary.smoothing:
+    mean_BT = logits_BTV[..., :vocabulary.size].mean(-1)
+    loss_BT = (1 - vocabulary.smoothing) * nll_BT + vocabulary.smoothing * (log_z_BT - mean_BT)
+  if vocabulary.z_loss:
+    loss_BT = loss_BT + vocabulary.z_loss * jnp.square(log_z_BT)
+  correct_BT = (logits_BTV.argmax(-1) == targets_BT).astype(jnp.float32)
+  return loss_BT, nll_BT, correct_BT, log_z_BT
+
+
+def _logit_gradient(vocabulary: Vocabulary, logits_BTV: Array, targets_BT: Array, log_z_BT: Array,
+                    weights_BT: Array) -> Array:
+  """The gradient of the weighted loss by the logits before the soft cap."""
+  probs_BTV = jnp.exp(logits_BTV - log_z_BT[..., None])
+  hot_BTV = jnp.arange(logits_BTV.shape[-1]) == targets_BT[..., None]
+  grad_BTV = probs_BTV * (1 + 2 * vocabulary.z_loss * log_z_BT)[..., None] - (1 - vocabulary.smoothing) * hot_BTV
+  if vocabulary.smoothing:
+    grad_BTV -= jnp.where(jnp.arange(logits_BTV.shape[-1]) < vocabulary.size, vocabulary.smoothing / vocabulary.size, 0)
+  if vocabulary.softcap:
+    slope_BTV = 1 - jnp.square(logits_BTV / vocabulary.softcap)
+    grad_BTV = jnp.where(jnp.isfinite(logits_BTV), grad_BTV * slope_BTV, 0)
+  return grad_BTV * weights_BT[..., None]
+
+
+def _by_chunk(vocabulary: Vocabulary, fn, carry: Tree, hidden_BTD: Array, targets_BT: Array, weights_BT: Array):
+  """Scans `fn(carry, (hidden, targets, weights)) -> carry, outputs` over pieces of the length; outputs are [B, T, …]."""
+  length = targets_BT.shape[1]
+  pieces = -(-length // vocabulary.chunk)
+  size = -(-length // pieces)
+
+  def cut(x):
+    x = jnp.pad(x, ((0, 0), (0, pieces * size - length)) + ((0, 0),) * (x.ndim - 2))
+    return jnp.moveaxis(x.reshape(x.shape[0], pieces, size, *x.shape[2:]), 1, 0)
+
+  if pieces == 1:
+    return fn(carry, (hidden_BTD, targets_BT, weights_BT))
+  carry, outputs = jax.lax.scan(fn, carry, (cut(hidden_BTD), cut(targets_BT), cut(weights_BT)))
+  join = lambda y: jnp.moveaxis(y, 0, 1).reshape(y.shape[1], pieces * size, *y.shape[3:])[:, :length]
+  return carry, jax.tree.map(join, outputs)
+
+
+def token_losses(vocabulary: Vocabulary, hidden_BTD: Array, w_VD: Array, targets_BT: Array) -> tuple[Array, Array]:
+  """(nll in nats, 1 where the target is the likeliest token), float32 [B, T] each; for measuring, not training."""
+  def piece(carry, inputs):
+    hidden, targets, _ = inputs
+    _, nll, correct, _ = _token_losses(vocabulary, _logits(vocabulary, hidden, w_VD), targets)
+    return carry, (nll, correct)
+  return _by_chunk(vocabulary, piece, (), hidden_BTD, targets_BT, jnp.ones(targets_BT.shape, jnp.float32))[1]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def cross_entropy(vocabulary: Vocabulary, hidden_BTD: Array, w_VD: Array, targets_BT: Array,
+                  weights_BT: Array) -> tuple[Array, dict[str, Array]]:
+  """The weighted sum of losses over all targets.
+
+  Logits exist for `chunk` positions at a time, and the gradient is formed beside them in the forward pass, so that
+  nothing is computed twice.
+
+  Args:
+    vocabulary: static.
+    hidden_BTD: final hidden states.
+    w_VD: output matrix.
+    targets_BT: ids.
+    weights_BT: how much each target counts.
+  Returns:
+    The sum, differentiable by hidden_BTD and w_VD; and sums of nll and of correct guesses, which are not.
+  """
+  nll_BT, correct_BT, loss_BT = _forward(vocabulary, hidden_BTD, w_VD, targets_BT, weights_BT)[1]
+  return _summed(loss_BT, nll_BT, correct_BT, weights_BT)
+
+
+def _forward(vocabulary, hidden_BTD, w_VD, targets_BT, weights_BT):
+  def piece(carry, inputs):
+    hidden, targets, _ = inputs
+    loss, nll, correct, _ = _token_losses(vocabulary, _logits(vocabulary, hidden, w_VD), targets)
+    return carry, (nll, correct, loss)
+  return _by_chunk(vocabulary, piece, (), hidden_BTD, targets_BT, weights_BT)
+
+
+def _summed(loss_BT, nll_BT, correct_BT, weights_BT):
+  # where, not times: a target that does not count may be infinite.
+  total = lambda x_BT: jnp.where(weights_BT != 0, x_BT * weights_BT, 0).sum()
+  return total(loss_BT), {'nll': total(nll_BT), 'correct': total(correct_BT)}
+
+
+def _cross_entropy_forward(vocabulary, hidden_BTD, w_VD, targets_BT, weights_BT):
+  def piece(dw_VD, inputs):
+    hidden, targets, weights = inputs
+    logits = _logits(vocabulary, hidden, w_VD)
+    loss, nll, correct, log_z = _token_losses(vocabulary, logits, targets)
+    grad = _logit_gradient(vocabulary, logits, targets, log_z, weights).astype(hidden.dtype)
+    dh = jnp.einsum('BTV,VD->BTD', grad, w_VD.astype(hidden.dtype))
+    return dw_VD + jnp.einsum('BTV,BTD->VD', grad, hidden, preferred_element_type=jnp.float32), (nll, correct, loss, dh)
+
+  dw_VD, (nll_BT, correct_BT, loss_BT, dh_BTD) = _by_chunk(
+      vocabulary, piece, jnp.zeros(w_VD.shape, jnp.float32), hidden_BTD, targets_BT, weights_BT)
+  return _summed(loss_BT, nll_BT, correct_BT, weights_BT), (dh_BTD, dw_VD.astype(w_VD.dtype), targets_BT, weights_BT)
+
+
+def _cross_entropy_backward(vocabulary, saved, cotangents):
+  dh_BTD, dw_VD, targets_BT, weights_BT = saved
+  scale = cotangents[0]
+  return (dh_BTD * scale.astype(dh_BTD.dtype), dw_VD * scale.astype(dw_VD.dtype),
+          np.zeros(targets_BT.shape, jax.dtypes.float0), jnp.zeros_like(weights_BT))
+
+
+cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward)
+
+
+def vocabulary_of(model: Transformer, loss: Any) -> Vocabulary:
+  """The static part of the loss: of a model and the `loss` part of a config."""
+  return Vocabulary(model.config.vocab_size, model.config.logit_softcap, loss.z_loss, loss.label_smoothing, loss.chunk,
+                    model.layout)
+
+
+def lm_loss(model: Transformer, vocabulary: Vocabulary, params: Tree, batch: dict[str, Array],
+            rng: Array | None) -> tuple[Array, Sums]:
+  """Next-token or any other token loss: (the sum that is differentiated, sums and counts to report)."""
+  output = model.apply({'params': params}, batch, rng=rng, with_logits=False)
+  w_VD = model.apply({'params': params}, method='unembedding')
+  weights_BT = batch['loss_weights']
+  total, sums = cross_entropy(vocabulary, output.hidden, w_VD, batch['targets'], weights_BT)
+  count = weights_BT.sum()
+  return total, {'objective': (total, count), 'loss': (sums['nll'], count), 'accuracy': (sums['correct'], count)}

@@ -1,0 +1,171 @@
+"""What a model is, frozen: the `model` part of a config, plus what follows from objective, data and precision."""
+import dataclasses
+from typing import Any, Mapping
+
+import jax.numpy as jnp
+
+# Field names are the keys of schema.py, where each has its unit, reason and range.
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionConfig:
+  num_heads: int
+  num_kv_heads: int
+  head_dim: int
+  bias: bool
+  out_bias: bool
+  qk_norm: str
+  softcap: float
+  scale: float
+  dropout: float
+  windows: tuple[int, ...]
+  kernel: str
+  block: int
+
+
+@dataclasses.dataclass(frozen=True)
+class MlpConfig:
+  width: int
+  activation: str
+  gated: bool
+  bias: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class NormConfig:
+  kind: str
+  bias: bool
+  eps: float
+
+
+@dataclasses.dataclass(frozen=True)
+class ResidualConfig:
+  in_norm: bool
+  out_norm: bool
+  post_norm: bool
+  alpha: float
+  parallel: bool
+  final_norm: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeConfig:
+  base: float
+  scaling: str
+  factor: float
+  original_length: int
+  low_freq_factor: float
+  high_freq_factor: float
+  beta_fast: float
+  beta_slow: float
+  attention_factor: float
+
+
+@dataclasses.dataclass(frozen=True)
+class PositionsConfig:
+  kind: str
+  rope: RopeConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class InitConfig:
+  std: float
+  embedding_std: float
+  scale_by_depth: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+  """One transformer. `visibility` is the objective's; `vocab_size` is known here, whatever the config said."""
+  family: str
+  width: int
+  num_layers: int
+  vocab_size: int
+  vocab_pad_to: int
+  max_length: int
+  tie_embeddings: bool
+  embedding_scale: float
+  logit_softcap: float
+  dropout: float
+  remat: str
+  remat_names: tuple[str, ...]
+  scan: bool
+  attention: AttentionConfig
+  mlp: MlpConfig
+  norm: NormConfig
+  residual: ResidualConfig
+  positions: PositionsConfig
+  init: InitConfig
+  visibility: str = 'causal'
+  compute_dtype: str = 'float32'
+  param_dtype: str = 'float32'
+
+  @property
+  def padded_vocab(self) -> int:
+    """Rows of the embedding: the vocabulary rounded up to a multiple of `vocab_pad_to`."""
+    return -(-self.vocab_size // self.vocab_pad_to) * self.vocab_pad_to
+
+  @property
+  def dtype(self) -> Any:
+    return jnp.dtype(self.compute_dtype)
+
+  def window(self, layer: int) -> int:
+    """Tokens layer number `layer` sees back, itself included; 0: all."""
+    return self.attention.windows[layer % len(self.attention.windows)]
+
+  def layer_kinds(self) -> tuple[str, ...]:
+    """What is statically different between layers; numbers that differ (windows) are scanned as data."""
+    return ('block',) * self.num_layers
+
+
+def freeze(model: Mapping[str, Any], *, vocab_size: int, visibility: str, compute_dtype: str = 'float32',
+           param_dtype: str = 'float32') -> ModelConfig:
+  """Turns the `model` part of a resolved config into a ModelConfig.
+
+  Args:
+    model: nested mapping with the keys of schema.py's `model`.
+    vocab_size: of the tokenizer; used where the config says 0.
+    visibility: the objective's: causal, full or order.
+  """
+  def build(kind, values):
+    fields = {f.name: f for f in dataclasses.fields(kind)}
+    return kind(**{k: build(fields[k].type, v) if isinstance(v, Mapping) else v for k, v in values.items()})
+  values = dict(model, vocab_size=model['vocab_size'] or vocab_size, visibility=visibility,
+                compute_dtype=compute_dtype, param_dtype=param_dtype)
+  return build(ModelConfig, values)
+
+
+@dataclasses.dataclass(frozen=True)
+class Segments:
+  """A depth cut into layers before, a repeated period, and layers after."""
+  prefix: tuple[str, ...]
+  period: tuple[str, ...]
+  repeats: int
+  suffix: tuple[str, ...]
+
+  def path(self, layer: int) -> tuple[str, int | None]:
+    """Where layer number `layer` keeps its parameters: (path under the stack, index into their first dim)."""
+    if layer < len(self.prefix):
+      return f'prefix_{layer}', None
+    layer -= len(self.prefix)
+    if layer < len(self.period) * self.repeats:
+      return f'period/slot_{layer % len(self.period)}', layer // len(self.period)
+    return f'suffix_{layer - len(self.period) * self.repeats}', None
+
+
+def segments(kinds: tuple[str, ...]) -> Segments:
+  """The cut that leaves fewest different programs: the shortest prefix + period + suffix."""
+  best = None
+  for start in range(len(kinds)):
+    for length in range(1, len(kinds) - start + 1):
+      period = kinds[start:start + length]
+      repeats = 1
+      while kinds[start + repeats * length:start + (repeats + 1) * length] == period:
+        repeats += 1
+      end = start + repeats * length
+      programs = start + length + len(kinds) - end
+      if best is None or programs < best[0]:
+        best = programs, Segments(kinds[:start], period, repeats, kinds[end:])
+    if best[0] <= start + 1:
+      break
+  return best[1]

@@ -1,0 +1,135 @@
+"""The parts of a block: projections, norms, embeddings, activations, dropout."""
+import math
+from typing import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from jaxlm.models.config import ModelConfig
+from jaxlm.types import Array
+
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    'gelu': lambda x: jax.nn.gelu(x, approximate=False),
+    'gelu_tanh': lambda x: jax.nn.gelu(x, approximate=True),
+    'relu': jax.nn.relu,
+    'relu2': lambda x: jnp.square(jax.nn.relu(x)),  # So et al. 2021, Primer
+    'silu': jax.nn.silu,
+}
+
+
+def softcap(x: Array, cap: float) -> Array:
+  """cap·tanh(x / cap); x itself where cap is 0 (Gemma 2, arXiv:2408.00118)."""
+  return cap * jnp.tanh(x / cap) if cap else x
+
+
+def example_keys(rng: Array, example_ids_B: Array) -> Array:
+  """A key for each example, so that masks do not depend on how a batch is cut or spread."""
+  return jax.vmap(jax.random.fold_in, (None, 0))(rng, example_ids_B)
+
+
+def fold(keys_B: Array | None, number: int | Array) -> Array | None:
+  """Keys of a place in the model: a layer, a site in it."""
+  return None if keys_B is None else jax.vmap(jax.random.fold_in, (0, None))(keys_B, number)
+
+
+def dropout(x: Array, rate: float, keys_B: Array | None, site: int) -> Array:
+  """Zeroes elements with probability `rate` and scales the rest; nothing without keys.
+
+  Args:
+    x: [B, ...].
+    keys_B: one key an example, already folded with the layer; None: not training.
+    site: which of the layer's dropouts this is.
+  Source: Srivastava et al. 2014.
+  """
+  if keys_B is None or rate == 0.0:
+    return x
+  keep = jax.vmap(lambda key: jax.random.bernoulli(jax.random.fold_in(key, site), 1.0 - rate, x.shape[1:]))(keys_B)
+  return jnp.where(keep, x / (1.0 - rate), 0).astype(x.dtype)
+
+
+class Dense(nn.Module):
+  """A linear map from the last dims of x to `features`; every projection of a model is one.
+
+  Attributes:
+    config: for dtypes and the initial scale.
+    features: sizes of the output dims.
+    axes: logical axes of the kernel, input dims then output dims.
+    num_inputs: how many last dims of x are contracted.
+    bias: adds one of shape `features`.
+    residual: the output adds to the residual stream, so its initial scale shrinks with depth (GPT-2).
+  """
+  config: ModelConfig
+  features: tuple[int, ...]
+  axes: tuple[str, ...]
+  num_inputs: int = 1
+  bias: bool = True
+  residual: bool = False
+
+  @nn.compact
+  def __call__(self, x: Array) -> Array:
+    init, dtype = self.config.init, jnp.dtype(self.config.param_dtype)
+    inputs = x.shape[x.ndim - self.num_inputs:]
+    std = init.std / math.sqrt(2 * self.config.num_layers) if self.residual and init.scale_by_depth else init.std
+    kernel = self.param('kernel', nn.with_logical_partitioning(nn.initializers.normal(std), self.axes),
+                        inputs + self.features, dtype)
+    lead = x.shape[:x.ndim - self.num_inputs]
+    # One contracted and one free dim: the CPU and GPU libraries' own shape, whatever the heads.
+    y = jnp.matmul(x.reshape(lead + (math.prod(inputs),)).astype(self.config.dtype),
+                   kernel.reshape(math.prod(inputs), -1).astype(self.config.dtype))
+    y = y.reshape(lead + self.features)
+    if self.bias:
+      bias = self.param('bias', nn.with_logical_partitioning(nn.initializers.zeros, self.axes[self.num_inputs:]),
+                        self.features, dtype)
+      y = y + bias.astype(y.dtype)
+    return y
+
+
+class Norm(nn.Module):
+  """LayerNorm (Ba et al. 2016) or RMSNorm (Zhang and Sennrich 2019) over the last dim, in float32."""
+  config: ModelConfig
+  axis: str = 'embed'
+
+  @nn.compact
+  def __call__(self, x: Array) -> Array:
+    norm, dtype = self.config.norm, jnp.dtype(self.config.param_dtype)
+    param = lambda name, init: self.param(name, nn.with_logical_partitioning(init, (self.axis,)),
+                                          (x.shape[-1],), dtype).astype(jnp.float32)
+    y = x.astype(jnp.float32)
+    if norm.kind == 'layernorm':
+      y = y - y.mean(-1, keepdims=True)
+    y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + norm.eps) * param('scale', nn.initializers.ones)
+    if norm.kind == 'layernorm' and norm.bias:
+      y = y + param('bias', nn.initializers.zeros)
+    return y.astype(self.config.dtype)
+
+
+class Embedding(nn.Module):
+  """A table of vectors; rows beyond the vocabulary only round its size up."""
+  config: ModelConfig
+  size: int
+  axes: tuple[str | None, str]
+
+  def setup(self):
+    self.embedding = self.param(
+        'embedding', nn.with_logical_partitioning(nn.initializers.normal(self.config.init.embedding_std), self.axes),
+        (self.size, self.config.width), jnp.dtype(self.config.param_dtype))
+
+  def __call__(self, ids_BT: Array) -> Array:
+    return jnp.take(self.embedding, ids_BT, axis=0).astype(self.config.dtype)
+
+
+class Mlp(nn.Module):
+  """Two projections around an activation; gated ones multiply it by a third (Shazeer 2020, GLU variants)."""
+  config: ModelConfig
+  constrain: Callable[..., Array]
+
+  @nn.compact
+  def __call__(self, x_BTD: Array) -> Array:
+    mlp, width = self.config.mlp, self.config.width
+    into = lambda name: Dense(self.config, (mlp.width,), ('embed', 'mlp'), bias=mlp.bias, name=name)
+    act = ACTIVATIONS[mlp.activation]
+    h_BTF = act(into('gate')(x_BTD)) * into('up')(x_BTD) if mlp.gated else act(into('up')(x_BTD))
+    h_BTF = checkpoint_name(self.constrain(h_BTF, 'act_batch', 'act_length', 'act_mlp'), 'mlp_hidden')
+    return Dense(self.config, (width,), ('mlp', 'embed'), bias=mlp.bias, residual=True, name='down')(h_BTF)

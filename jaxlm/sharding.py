@@ -1,0 +1,192 @@
+"""Mesh and layout: logical axes of arrays become axes of a device mesh, by rules."""
+import dataclasses
+import math
+from typing import Any, Mapping, Sequence
+
+import flax.linen as nn
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from jaxlm import trees
+from jaxlm.types import Array, JaxlmError, Tree
+
+# Slowest links outermost: neighbours on the last axis talk most.
+MESH_AXES = ('replica', 'pipe', 'data', 'fsdp', 'expert', 'seq', 'tensor')
+
+# What to set when a dimension of this logical axis does not divide.
+REMEDY = {
+    'vocab': 'set config.model.vocab_pad_to to a multiple of it',
+    'act_batch': 'set config.batch_size (and config.accumulation) so that each microbatch divides by it',
+    'act_length': 'set config.seq_len to a multiple of it',
+    'heads': 'choose fewer devices there, or config.model.attention.num_heads as a multiple of it',
+    'kv_heads': "choose fewer devices there, or give ('kv_heads', None) in config.sharding.rules",
+}
+
+
+def mesh_sizes(sizes: Mapping[str, int], num_devices: int) -> dict[str, int]:
+  """Fills in the one axis given as -1.
+
+  Raises:
+    JaxlmError: more than one -1, or sizes that do not multiply out to the devices there are.
+  """
+  sizes = {axis: sizes.get(axis, 1) for axis in MESH_AXES}
+  open_axes = [axis for axis, n in sizes.items() if n == -1]
+  fixed = math.prod(n for n in sizes.values() if n != -1)
+  told = ' × '.join(f'{axis}={n}' for axis, n in sizes.items() if n != 1) or 'all sizes 1'
+  if len(open_axes) > 1:
+    raise JaxlmError(f'config.mesh: only one axis may be -1; got {" and ".join(open_axes)}.')
+  if open_axes:
+    if num_devices % fixed:
+      raise JaxlmError(f'config.mesh: {num_devices} devices do not divide by {fixed} ({told}); change a size.')
+    sizes[open_axes[0]] = num_devices // fixed
+  elif fixed != num_devices:
+    raise JaxlmError(f'config.mesh: {told} needs {fixed} devices, there are {num_devices}; '
+                     'change a size, or set one to -1 to take what is left.')
+  return sizes
+
+
+def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) -> Mesh:
+  """The device mesh; the only place where one is made. Every axis exists, most of size 1.
+
+  Args:
+    sizes: devices along each axis; one may be -1.
+    devices: all of them if not given.
+  """
+  devices = jax.devices() if devices is None else devices
+  filled = mesh_sizes(sizes, len(devices))
+  # Auto: the default, Explicit, breaks linen's logical partitioning.
+  return jax.make_mesh(tuple(filled.values()), tuple(filled), (AxisType.Auto,) * len(filled), devices=devices)
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+  """A mesh and the rules that lay arrays out on it.
+
+  Rules are (logical axis, mesh axis | tuple of them | None), taken in order. The first rule of a logical axis must
+  fit: a dimension that does not divide is an error. Further rules of the same axis add mesh axes which the array does
+  not use yet, where they divide; so biases, too, can be split over `fsdp`. A mesh axis is used once in an array: the
+  earlier rule takes it.
+  """
+  mesh: Mesh
+  rules: tuple[tuple[str, Any], ...]
+
+  def spec(self, axes: Sequence[str | None], shape: Sequence[int], name: str = 'array') -> PartitionSpec:
+    """The partition of an array of `shape` whose dims have the logical `axes` (None: never split).
+
+    Raises:
+      JaxlmError: an axis without a rule, a rule that names no mesh axis, a dimension that does not divide.
+    """
+    known = {logical for logical, _ in self.rules}
+    for axis in axes:
+      if axis is not None and axis not in known:
+        raise JaxlmError(f'{name}: no rule for logical axis {axis!r}; add one to config.sharding.rules.')
+    chosen: dict[int, tuple[str, ...]] = {}
+    used: set[str] = set()
+    for logical, target in self.rules:
+      wanted = (target,) if isinstance(target, str) else tuple(target or ())
+      for axis in wanted:
+        if axis not in self.mesh.shape:
+          raise JaxlmError(f'config.sharding.rules: {logical!r} goes to unknown mesh axis {axis!r}. '
+                           f'Known: {", ".join(self.mesh.shape)}.')
+      for dim, axis_of_dim in enumerate(axes):
+        if axis_of_dim != logical:
+          continue
+        free = tuple(a for a in wanted if a not in used and self.mesh.shape[a] > 1)
+        before = chosen.get(dim)
+        parts = math.prod(self.mesh.shape[a] for a in (before or ()) + free)
+        if shape[dim] % parts:
+          if before is not None:
+            continue
+          sizes = ' × '.join(f'{a}={self.mesh.shape[a]}' for a in free)
+          remedy = REMEDY.get(logical, f'change that size, the mesh, or the rule for {logical!r}')
+          raise JaxlmError(f'{name}: dim {dim} ({logical}={shape[dim]}) does not divide by mesh axis {sizes}; {remedy}.')
+        chosen[dim] = (before or ()) + free
+        used.update(free)
+    parts = [chosen.get(dim, ()) for dim in range(len(axes))]
+    return PartitionSpec(*(p[0] if len(p) == 1 else p or None for p in parts))
+
+  def sharding(self, axes: Sequence[str | None], shape: Sequence[int], name: str = 'array') -> NamedSharding:
+    return NamedSharding(self.mesh, self.spec(axes, shape, name))
+
+  def constrain(self, x: Array, *axes: str | None) -> Array:
+    """Pins an activation's layout; raises on an axis without a rule, where linen's would do nothing."""
+    return jax.lax.with_sharding_constraint(x, self.sharding(axes, x.shape, 'activation'))
+
+  @property
+  def replicated(self) -> NamedSharding:
+    return NamedSharding(self.mesh, PartitionSpec())
+
+  def batch(self, shape: Sequence[int]) -> NamedSharding:
+    """The layout of a batch array: rows over the batch axes, then length, the rest whole."""
+    axes = ('act_batch', 'act_length')[:len(shape)] + (None,) * (len(shape) - 2)
+    return self.sharding(axes, shape, 'batch')
+
+
+def single(rules: Sequence[tuple[str, Any]]) -> Layout:
+  """One device: a mesh of ones."""
+  return Layout(make_mesh({}, jax.local_devices()[:1]), tuple(rules))
+
+
+# ---- parameters and what follows them ----------------------------------------------------------------------------
+
+
+def logical_axes(boxed: Tree) -> dict[str, tuple[str | None, ...]]:
+  """{path: logical axes} of parameters as linen initialises them, boxed."""
+  is_box = lambda x: isinstance(x, nn.Partitioned)
+  leaves = jax.tree_util.tree_flatten_with_path(boxed, is_leaf=is_box)[0]
+  return {trees.path_of(keys): tuple(leaf.names) if is_box(leaf) else (None,) * leaf.ndim for keys, leaf in leaves}
+
+
+def param_shardings(shapes: Tree, axes: Mapping[str, tuple[str | None, ...]], layout: Layout) -> Tree:
+  """The sharding of each parameter."""
+  return trees.map_paths(lambda path, x: layout.sharding(axes[path], x.shape, path), shapes)
+
+
+def state_shardings(state: Tree, params: Tree, shardings: Tree, layout: Layout) -> Tree:
+  """Shardings of anything that holds arrays shaped like parameters: optimizer states, averages, gradients.
+
+  A leaf whose path ends with a parameter's path takes its layout; one with some of its dims (Adafactor's rows and
+  columns) takes those dims'; the rest, counters for the most part, is replicated.
+  """
+  known = {path: (x.shape, s.spec) for (path, x), s in zip(trees.flatten(params).items(), jax.tree.leaves(shardings))}
+
+  def of(path: str, leaf) -> NamedSharding:
+    parts = path.split('/')
+    for start in range(len(parts)):
+      if (found := known.get('/'.join(parts[start:]))) is not None:
+        shape, spec = found
+        spec = tuple(spec) + (None,) * (len(shape) - len(spec))
+        return NamedSharding(layout.mesh, _spec_of_dims(leaf.shape, shape, spec))
+    return layout.replicated
+
+  return trees.map_paths(of, state)
+
+
+def _spec_of_dims(shape, full_shape, full_spec) -> PartitionSpec:
+  """The spec of an array that keeps some dims, in order, of one with `full_spec`."""
+  parts, at = [], 0
+  for size in shape:
+    while at < len(full_shape) and full_shape[at] != size:
+      at += 1
+    if at == len(full_shape):
+      return PartitionSpec()
+    parts.append(full_spec[at])
+    at += 1
+  return PartitionSpec(*parts)
+
+
+def explain(shapes: Tree, axes: Mapping[str, tuple[str | None, ...]], layout: Layout) -> str:
+  """A table: parameter, shape, logical axes, spec, bytes a device; totals last."""
+  rows, total, held = [('parameter', 'shape', 'logical axes', 'spec', 'bytes a device')], 0, 0
+  for path, x in trees.flatten(shapes).items():
+    sharding = layout.sharding(axes[path], x.shape, path)
+    size = np.dtype(x.dtype).itemsize
+    mine = math.prod(sharding.shard_shape(x.shape)) * size
+    total, held = total + math.prod(x.shape) * size, held + mine
+    spec = ', '.join('+'.join(p) if isinstance(p, tuple) else str(p or '-') for p in sharding.spec)
+    rows.append((path, '×'.join(map(str, x.shape)), ' '.join(a or '-' for a in axes[path]), spec, f'{mine:,}'))
+  widths = [max(len(row[i]) for row in rows) for i in range(5)]
+  lines = ['  '.join(cell.ljust(w) for cell, w in zip(row, widths)).rstrip() for row in rows]
+  used = ' × '.join(f'{a}={n}' for a, n in layout.mesh.shape.items() if n > 1) or 'one device'
+  return '\n'.join(lines + [f'{held:,} of {total:,} bytes on each device ({used})'])
