@@ -1,0 +1,255 @@
+"""Text to token ids and back: plain bytes, pieces trained on the corpus, or any tokenizer.json."""
+import dataclasses
+import functools
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Iterable, Mapping, Sequence
+
+import numpy as np
+import tokenizers as hf
+from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
+
+from jaxlm.lookup import nearest
+from jaxlm.types import JaxlmError
+
+END, PAD, UNKNOWN = '<|endoftext|>', '<|pad|>', '[UNK]'
+
+# Where a byte-level piece may not reach across. GPT-4's split (cl100k), but a line break takes the next line's
+# indentation along, after punctuation too, so that "):\n        " can be one piece. Python's standard library, 4,096
+# pieces, bytes a token on held-out files: GPT-2's split 3.42, GPT-4's 3.41, this 3.61.
+SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+(?:[\r\n]+[ \t]*)?"
+         r"|\s*[\r\n]+[ \t]*|\s+(?!\S)|\s+")
+
+ROLES = ('bos', 'eos', 'pad', 'unk', 'mask', 'cls', 'sep')
+
+# Names that say their role themselves, for a tokenizer.json that comes without its tokenizer_config.json.
+KNOWN = dict(bos=('<|begin_of_text|>', '<|startoftext|>', '<s>', '<bos>', END),
+             eos=(END, '<|end_of_text|>', '</s>', '<eos>'),
+             pad=(PAD, '<pad>', '[PAD]'), unk=(UNKNOWN, '<unk>'), mask=('[MASK]', '<mask>'), cls=('[CLS]',),
+             sep=('[SEP]',))
+
+
+@dataclasses.dataclass(frozen=True)
+class Vocab:
+  """How many ids there are, and which have a role; None where the tokenizer has no such token."""
+  size: int
+  bos: int | None = None
+  eos: int | None = None
+  pad: int | None = None
+  unk: int | None = None
+  mask: int | None = None
+  cls: int | None = None
+  sep: int | None = None
+
+  @property
+  def filler(self) -> int:
+    """A valid id for places that hold no text; no loss and no attention ever counts it."""
+    return next((i for i in (self.pad, self.eos) if i is not None), 0)
+
+
+@functools.cache
+def _byte_letters() -> dict[str, int]:
+  """The letter that `ByteLevel` writes for each byte -> the byte."""
+  kept = [*range(33, 127), *range(161, 173), *range(174, 256)]
+  others = [b for b in range(256) if b not in kept]
+  return {chr(b): b for b in kept} | {chr(256 + i): b for i, b in enumerate(others)}
+
+
+class Tokenizer:
+  """A `tokenizers.Tokenizer` that knows its special ids and never reads them out of a document's text.
+
+  Documents are encoded as they are: no template adds tokens, nothing is truncated or padded, and text that looks like
+  a special token is text. Whoever wants `vocab.bos` puts it there.
+
+  Attributes:
+    vocab: size and special ids.
+    digest: sha256 of the whole definition; equal tokenizers have equal digests wherever they were saved.
+    name: for messages: 'bytes', or where it was read from.
+  """
+
+  def __init__(self, backend: hf.Tokenizer, roles: Mapping[str, str | None], name: str):
+    backend.no_truncation()
+    backend.no_padding()
+    backend.encode_special_tokens = True  # special tokens in the text are encoded as text
+    self.backend, self.name = backend, name
+    ids = {role: backend.token_to_id(token) for role, token in roles.items() if token is not None}
+    highest = max(backend.get_vocab(with_added_tokens=True).values(), default=-1)
+    self.vocab = Vocab(size=highest + 1, **ids)  # ids may have gaps; the highest counts
+    definition = json.loads(backend.to_str())
+    canonical = json.dumps([definition, dataclasses.asdict(self.vocab)], sort_keys=True, separators=(',', ':'))
+    self.digest = hashlib.sha256(canonical.encode()).hexdigest()
+    model = definition['model']
+    self._is_bytes = (model.get('type') == 'BPE' and not model.get('merges') and model['vocab'] == _byte_letters()
+                      and definition['normalizer'] is None)
+
+  def encode(self, text: str) -> list[int]:
+    """Ids of a text, none added."""
+    return list(text.encode()) if self._is_bytes else self.backend.encode(text, add_special_tokens=False).ids
+
+  def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+    """Ids of many texts, int32 each; long ones first, which keeps all cores busy to the end."""
+    if self._is_bytes:
+      return [np.frombuffer(text.encode(), np.uint8).astype(np.int32) for text in texts]
+    order = sorted(range(len(texts)), key=lambda i: -len(texts[i]))
+    encoded = self.backend.encode_batch_fast([texts[i] for i in order], add_special_tokens=False)
+    ids = [np.empty(0, np.int32)] * len(texts)
+    for i, encoding in zip(order, encoded):
+      ids[i] = np.array(encoding.ids, np.int32)
+    return ids
+
+  def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
+    """Text of ids; bytes that are no UTF-8 become U+FFFD."""
+    return self.backend.decode([int(i) for i in ids], skip_special_tokens=skip_special)
+
+  def save(self, folder: str | os.PathLike) -> None:
+    """Writes tokenizer.json, and tokenizer_config.json with the special tokens, as `transformers` reads them too."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    token = lambda role: self.backend.id_to_token(getattr(self.vocab, role))
+    roles = {f'{role}_token': token(role) for role in ROLES if getattr(self.vocab, role) is not None}
+    texts = {'tokenizer_config.json': json.dumps(dict(tokenizer_class='PreTrainedTokenizerFast', **roles), indent=2),
+             'tokenizer.json': self.backend.to_str(pretty=True)}
+    for name, text in texts.items():
+      temporary = folder / f'{name}.{os.getpid()}.tmp'
+      temporary.write_text(text, encoding='utf-8')
+      temporary.replace(folder / name)
+
+
+# ---- tokenizers from files ---------------------------------------------------------------------------------------
+
+
+def load(path: str | os.PathLike) -> Tokenizer:
+  """Reads a tokenizer.json, or the folder that holds one.
+
+  Which tokens are bos, eos and so on is read, in this order, from the folder's tokenizer_config.json,
+  special_tokens_map.json and config.json, as `transformers` writes them; a bare tokenizer.json goes by well-known names.
+
+  Raises:
+    JaxlmError: no such file, or not a tokenizer.json.
+  """
+  path = Path(path)
+  file = path / 'tokenizer.json' if path.is_dir() else path
+  if not file.is_file():
+    raise JaxlmError(f'Wanted a tokenizer.json or a folder that holds one, got {str(path)!r}; no such file.')
+  try:
+    backend = hf.Tokenizer.from_str(file.read_text(encoding='utf-8'))
+  except Exception as e:  # the library raises bare Exception
+    raise JaxlmError(f'{file} is not a tokenizer.json that the tokenizers library can read: {e}.') from e
+  return Tokenizer(backend, _roles(backend, file.parent), str(path))
+
+
+def _json(file: Path) -> dict:
+  try:
+    value = json.loads(file.read_text(encoding='utf-8'))
+  except FileNotFoundError:
+    return {}
+  except ValueError as e:
+    raise JaxlmError(f'{file} is not valid JSON: {e}.') from e
+  return value if isinstance(value, dict) else {}
+
+
+def _roles(backend: hf.Tokenizer, folder: Path) -> dict[str, str | None]:
+  """Role -> token, as far as the files beside the tokenizer, or the token's own name, tell."""
+  roles: dict[str, str | None] = {}
+  named = {**_json(folder / 'special_tokens_map.json'), **_json(folder / 'tokenizer_config.json')}
+  numbered = _json(folder / 'config.json')
+  numbered = {**(numbered.get('text_config') or {}), **numbered}
+  for role in ROLES:
+    token = named.get(f'{role}_token')
+    token = token.get('content') if isinstance(token, dict) else token
+    if token is None:
+      number = numbered.get(f'{role}_token_id')
+      number = number[0] if isinstance(number, list) and number else number  # Llama 3 has several ends
+      token = backend.id_to_token(number) if isinstance(number, int) and number >= 0 else None
+    if token is None and not named:
+      token = next((t for t in KNOWN[role] if backend.token_to_id(t) is not None), None)
+    if isinstance(token, str) and backend.token_to_id(token) is not None:
+      roles[role] = token
+  return roles
+
+
+# ---- tokenizers made here ----------------------------------------------------------------------------------------
+
+
+def bytes_tokenizer() -> Tokenizer:
+  """One id a byte of UTF-8, 0 to 255; then end of text (256), which also begins it, and padding (257)."""
+  letters = _byte_letters()
+  backend = hf.Tokenizer(models.BPE(vocab=letters, merges=[]))
+  backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+  backend.decoder = decoders.ByteLevel()
+  backend.add_special_tokens([END, PAD])
+  return Tokenizer(backend, dict(bos=END, eos=END, pad=PAD), 'bytes')
+
+
+def _byte_level(model) -> hf.Tokenizer:
+  backend = hf.Tokenizer(model)
+  backend.pre_tokenizer = pre_tokenizers.Sequence([
+      pre_tokenizers.Split(hf.Regex(SPLIT), 'isolated'),
+      pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+  backend.decoder = decoders.ByteLevel()
+  return backend
+
+
+def _bpe(texts: Iterable[str], vocab_size: int) -> hf.Tokenizer:
+  """Byte pairs, lossless: every byte is a piece."""
+  backend = _byte_level(models.BPE())
+  backend.train_from_iterator(texts, trainers.BpeTrainer(
+      vocab_size=vocab_size, special_tokens=[END, PAD], show_progress=False,
+      initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+  return backend
+
+
+def _unigram(texts: Iterable[str], vocab_size: int) -> hf.Tokenizer:
+  """A unigram model over the same bytes as BPE, so lossless too; SentencePiece's is over characters."""
+  backend = _byte_level(models.Unigram())
+  backend.train_from_iterator(texts, trainers.UnigramTrainer(
+      vocab_size=vocab_size, special_tokens=[END, PAD], show_progress=False,
+      initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+  return backend
+
+
+def _wordpiece(texts: Iterable[str], vocab_size: int) -> hf.Tokenizer:
+  """BERT's, cased: words and "##" endings. It forgets white space, so it suits encoders, not text that must return."""
+  backend = hf.Tokenizer(models.WordPiece(unk_token=UNKNOWN))
+  backend.normalizer = normalizers.BertNormalizer(lowercase=False)
+  backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+  backend.decoder = decoders.WordPiece()
+  backend.train_from_iterator(texts, trainers.WordPieceTrainer(
+      vocab_size=vocab_size, special_tokens=[END, PAD, UNKNOWN], limit_alphabet=vocab_size // 4,
+      show_progress=False))
+  return backend
+
+
+TRAINED = {'bpe': _bpe, 'unigram': _unigram, 'wordpiece': _wordpiece}
+
+
+def train(name: str, texts: Iterable[str], vocab_size: int) -> Tokenizer:
+  """Trains a tokenizer on texts; the same texts in the same order give the same one.
+
+  Args:
+    name: bpe, unigram or wordpiece.
+    texts: documents.
+    vocab_size: pieces wanted, special tokens included; a small corpus may yield fewer.
+  """
+  backend = TRAINED[name](texts, vocab_size)
+  roles = dict(bos=END, eos=END, pad=PAD) | (dict(unk=UNKNOWN) if name == 'wordpiece' else {})
+  return Tokenizer(backend, roles, name)
+
+
+def resolve(name: str) -> Tokenizer | None:
+  """The tokenizer that `config.data.tokenizer` names, or None if it is one to be trained.
+
+  Raises:
+    JaxlmError: neither a known name nor a file or folder.
+  """
+  if name in TRAINED:
+    return None
+  if name == 'bytes':
+    return bytes_tokenizer()
+  if os.path.exists(name) or os.sep in name or name.endswith('.json'):
+    return load(name)
+  known = ['bytes', *sorted(TRAINED)]
+  raise JaxlmError(f'Unknown tokenizer {name!r}. Known: {", ".join(known)}; or give the path of a tokenizer.json.'
+                   + nearest(name, known))
