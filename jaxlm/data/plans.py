@@ -1,0 +1,515 @@
+"""Which tokens example i is made of: mixture, epoch, permutation, window, pieces; pure in (config, i)."""
+import collections
+import contextlib
+import hashlib
+import json
+import os
+import time
+from typing import Any, Callable, NamedTuple, Sequence
+
+import numpy as np
+
+from jaxlm.data.store import Store, mixture
+from jaxlm.lookup import lookup
+from jaxlm.types import JaxlmError
+
+FORMAT = 1             # of plans kept as files
+ROUNDS = 8
+CACHED_FROM = 1 << 16  # documents; a smaller plan is made faster than it is read
+CACHED_PLANS = 8       # files kept a store; an older epoch's goes
+
+
+# ---- permutations ------------------------------------------------------------------------------------------------
+
+
+def _mix(x: np.ndarray, key: np.uint64) -> np.ndarray:
+  """Scrambles 64-bit numbers; the high bits depend on all of x and key. Source: the multipliers of splitmix64."""
+  x = (x ^ key) * np.uint64(0xBF58476D1CE4E5B9)
+  x ^= x >> np.uint64(31)
+  x *= np.uint64(0x94D049BB133111EB)
+  return x ^ (x >> np.uint64(29))
+
+
+class Permutation:
+  """A bijection of range(n) that computes any element alone.
+
+  From 4,096 on a Feistel network of 8 rounds over the next power of two, walked until it falls into the range; below,
+  where few rounds of few bits are far from random, a table sorted by hash. Integers alone, so that no library's
+  generator can change it.
+
+  Args:
+    n: size of the range.
+    key: integers, at least 0; other keys give other permutations, (0, 1) another than (1, 0).
+  """
+
+  def __init__(self, n: int, *key: int):
+    self.n = n
+    keys = np.random.SeedSequence(key).generate_state(ROUNDS, np.uint64)
+    self._table = None
+    if n < 4096:
+      self._table = np.argsort(_mix(_mix(np.arange(n, dtype=np.uint64), keys[0]), keys[1]), kind='stable')
+      return
+    bits = (n - 1).bit_length()
+    self._low = bits // 2
+    self._widths = [bits - self._low if r % 2 == 0 else self._low for r in range(ROUNDS)]  # of the half written
+    self._keys = keys
+
+  def _feistel(self, x: np.ndarray) -> np.ndarray:
+    left, right = x >> np.uint64(self._low), x & np.uint64((1 << self._low) - 1)
+    for key, width in zip(self._keys, self._widths):
+      left, right = right, left ^ (_mix(right, key) >> np.uint64(64 - width))
+    return (left << np.uint64(self._low)) | right
+
+  def __call__(self, k: np.ndarray) -> np.ndarray:
+    """Where each of k, int64 in range(n), goes."""
+    if self._table is not None:
+      return self._table[k]
+    x = self._feistel(np.asarray(k).astype(np.uint64))
+    outside = np.flatnonzero(x >= self.n)
+    while outside.size:
+      x[outside] = self._feistel(x[outside])
+      outside = outside[x[outside] >= self.n]
+    return x.astype(np.int64)
+
+
+# ---- mixtures ----------------------------------------------------------------------------------------------------
+
+
+def _times(n: np.ndarray, weight: int, total: int) -> np.ndarray:
+  """n · weight // total without overflow."""
+  return n // total * weight + n % total * weight // total
+
+
+def _split(n: np.ndarray, weights: Sequence[int]) -> tuple[np.ndarray, list[np.ndarray]]:
+  """(which source turn n is, how many of the n turns before it each source had).
+
+  Turns are split in two again and again: the first source against the rest, the second against the rest of those.
+  Each split gives a source n·w // W of n turns, so a turn has exactly one source and none is counted twice. (Taking
+  differences of n·cumsum(w) // W instead repeats and skips examples from three sources on: weights 2, 1, 2 give the
+  second source its example 0 twice.)
+  """
+  rest, left = np.asarray(n, np.int64), sum(weights)
+  source = np.full(rest.shape, -1)
+  before = []
+  for number, weight in enumerate(weights):
+    count = _times(rest, weight, left) if left else np.zeros_like(rest)
+    chosen = (_times(rest + 1, weight, left) if left else count) > count
+    source[chosen & (source < 0)] = number
+    before.append(count)
+    rest, left = rest - count, left - weight
+  return source, before
+
+
+class Schedule:
+  """Source, epoch and window of every example of a mixture whose weights change at given examples.
+
+  Args:
+    phases: (first example, weights) pairs, the first from example 0 on.
+    windows: windows an epoch of each source.
+    seed: of the run.
+    shuffle: whether windows come in a new order every epoch.
+  """
+
+  def __init__(self, phases: Sequence[tuple[int, Sequence[int]]], windows: Sequence[int], seed: int, shuffle: bool):
+    self.windows, self.seed, self.shuffle = list(windows), seed, shuffle
+    self._starts = np.array([start for start, _ in phases])
+    self._weights = [list(weights) for _, weights in phases]
+    self._carried = [[0] * len(windows)]  # examples each source gave before a phase
+    for (start, weights), (end, _) in zip(phases, phases[1:]):
+      _, counts = _split(np.array([end - start]), weights)
+      self._carried.append([c + int(n[0]) for c, n in zip(self._carried[-1], counts)])
+    self._permutations: collections.OrderedDict[tuple[int, int], Permutation] = collections.OrderedDict()
+
+  def counts(self, n: int) -> list[int]:
+    """How many of the first n examples each source gives."""
+    phase = int(np.searchsorted(self._starts, n, 'right')) - 1
+    _, before = _split(np.array([n - self._starts[phase]]), self._weights[phase])
+    return [c + int(b[0]) for c, b in zip(self._carried[phase], before)]
+
+  def locate(self, examples: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(source, epoch, window) of each example number, int64."""
+    examples = np.asarray(examples, np.int64)
+    source, count = np.zeros_like(examples), np.zeros_like(examples)
+    phases = np.searchsorted(self._starts, examples, 'right') - 1
+    for phase in np.unique(phases):
+      here = phases == phase
+      chosen, before = _split(examples[here] - self._starts[phase], self._weights[phase])
+      source[here] = chosen
+      count[here] = np.choose(chosen, before) + np.array(self._carried[phase])[chosen]
+    epoch, window = np.divmod(count, np.array(self.windows)[source])
+    if self.shuffle:
+      for number in np.unique(source):
+        for turn in np.unique(epoch[source == number]):
+          here = (source == number) & (epoch == turn)
+          window[here] = self._permutation(int(number), int(turn))(window[here])
+    return source, epoch, window
+
+  def _permutation(self, source: int, epoch: int) -> Permutation:
+    key = source, epoch
+    if key not in self._permutations:
+      self._permutations[key] = Permutation(self.windows[source], self.seed, source, epoch, 0)
+      while len(self._permutations) > 2 * len(self.windows):
+        self._permutations.popitem(last=False)
+    return self._permutations[key]
+
+
+# ---- windows -----------------------------------------------------------------------------------------------------
+
+
+class Pieces(NamedTuple):
+  """Parts [start, end) of documents; `row` says which of the windows asked for each belongs to, ascending."""
+  row: np.ndarray
+  document: np.ndarray
+  start: np.ndarray
+  end: np.ndarray
+
+
+def _expand(first: np.ndarray, count: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  """(row, index): for each row r the indices first[r], first[r] + 1, … count[r] of them."""
+  row = np.repeat(np.arange(len(count)), count)
+  ends = np.cumsum(count)
+  return row, np.arange(len(row)) - np.repeat(ends - count - first, count)
+
+
+class Cut:
+  """Documents laid end to end and cut into windows that overlap by a fixed number of tokens.
+
+  Attributes:
+    arrays: what the plan consists of: documents in their order, and where each begins in the whole, and the end.
+    windows: how many; the last is shorter and nothing is lost.
+  """
+
+  def __init__(self, order: np.ndarray, begins: np.ndarray, raw_length: int, overlap: int):
+    self.arrays = dict(order=order, begins=begins)
+    self._order, self._begins, self._raw, self._stride = order, begins, raw_length, raw_length - overlap
+    self.total = int(begins[-1])
+    self.windows = max(-(-(self.total - overlap) // self._stride), 1) if self.total else 0
+
+  def pieces(self, windows: np.ndarray) -> Pieces:
+    lo = windows * self._stride
+    hi = np.minimum(lo + self._raw, self.total)
+    first = np.searchsorted(self._begins, lo, 'right') - 1
+    row, index = _expand(first, np.searchsorted(self._begins, hi, 'left') - first)
+    begin, end = self._begins[index], self._begins[index + 1]
+    return Pieces(row, self._order[index].astype(np.int64), np.maximum(lo[row] - begin, 0),
+                  np.minimum(hi[row], end) - begin)
+
+
+class Packed:
+  """Windows of whole pieces: window w holds pieces offsets[w] to offsets[w + 1]."""
+
+  def __init__(self, document: np.ndarray, start: np.ndarray, end: np.ndarray, offsets: np.ndarray):
+    self.arrays = dict(document=document, start=start, end=end, offsets=offsets)
+    self._offsets = offsets
+    self.windows = len(offsets) - 1
+
+  def pieces(self, windows: np.ndarray) -> Pieces:
+    first = self._offsets[windows]
+    row, index = _expand(first, self._offsets[windows + 1] - first)
+    return Pieces(row, *(self.arrays[name][index].astype(np.int64) for name in ('document', 'start', 'end')))
+
+
+class Lengths(NamedTuple):
+  """What a planner reads: documents to be packed, their lengths, and the form of a window."""
+  document: np.ndarray
+  length: np.ndarray
+  raw_length: int
+  overlap: int
+
+
+def _laid_out(text: Lengths, order: np.ndarray | None) -> Cut:
+  document, length = (text.document, text.length) if order is None else (text.document[order], text.length[order])
+  small = np.int32 if int(document.max(initial=0)) < 1 << 31 else np.int64
+  return Cut(document.astype(small), np.concatenate([[0], np.cumsum(length)]), text.raw_length, text.overlap)
+
+
+def concatenated(text: Lengths, permutation: Permutation | None) -> Cut:
+  """Documents in a new order every epoch, end to end, cut into windows."""
+  return _laid_out(text, None if permutation is None else permutation(np.arange(len(text.document))))
+
+
+def contiguous(text: Lengths, permutation: Permutation | None) -> Cut:
+  """Documents as the store has them, end to end, cut into windows; only the windows change their order."""
+  del permutation
+  return _laid_out(text, None)
+
+
+def _cut_up(text: Lengths, permutation: Permutation | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+  """(document, start, end): every document cut into pieces that fit a window, each with a target at least."""
+  document, length = text.document, text.length
+  if permutation is not None:
+    order = permutation(np.arange(len(document)))
+    document, length = document[order], length[order]
+  stride = text.raw_length - text.overlap
+  row, number = _expand(np.zeros(len(length), np.int64), np.maximum(-(-(length - text.overlap) // stride), 0))
+  start = number * stride
+  return document[row], start, np.minimum(start + text.raw_length, length[row])
+
+
+def padded(text: Lengths, permutation: Permutation | None) -> Packed:
+  """One piece a window: what packing is measured against."""
+  del permutation
+  pieces = _cut_up(text, None)
+  return Packed(*pieces, np.arange(len(pieces[0]) + 1))
+
+
+def best_fit(text: Lengths, permutation: Permutation | None) -> Packed:
+  """Pieces, longest first, each into the fullest window that still has room; no piece is cut to fill a window.
+
+  Equal lengths meet others every epoch; how many windows there are never changes.
+  Source: Ding et al. 2024, Fewer Truncations Improve Language Modeling, arXiv:2404.10830.
+  """
+  document, start, end = _cut_up(text, permutation)
+  bins = _best_fit_bins(end - start, text.raw_length)
+  order = np.argsort(bins, kind='stable')
+  offsets = np.concatenate([[0], np.cumsum(np.bincount(bins, minlength=1 if len(bins) else 0))])
+  return Packed(document[order], start[order], end[order], offsets)
+
+
+def _best_fit_bins(lengths: np.ndarray, capacity: int) -> np.ndarray:
+  """The bin of each item by best-fit decreasing, whole groups of equal items and equal bins at a time."""
+  order = np.argsort(-lengths, kind='stable')
+  bins = np.empty(len(lengths), np.int64)
+  sizes, counts = np.unique(lengths, return_counts=True)
+  rooms: dict[int, list[np.ndarray]] = collections.defaultdict(list)  # room left -> bins with that room
+  known, num_bins, done = 0, 0, 0                                     # bit r of known: some bin has room r
+  for size, count in zip(sizes[::-1].tolist(), counts[::-1].tolist()):
+    items, placed = order[done:done + count], 0
+    done += count
+    while placed < count:
+      fitting = known >> size
+      room = size + (fitting & -fitting).bit_length() - 1 if fitting else capacity
+      each = room // size                                             # the fullest stays the fullest until it is full
+      wanted = -(-(count - placed) // each)
+      if fitting:
+        chosen = rooms[room].pop()
+        if len(chosen) > wanted:
+          rooms[room].append(chosen[wanted:])
+          chosen = chosen[:wanted]
+        if not rooms[room]:
+          known ^= 1 << room
+      else:
+        chosen = np.arange(num_bins, num_bins + wanted)
+        num_bins += wanted
+      taken = min(count - placed, each * len(chosen))
+      bins[items[placed:placed + taken]] = np.repeat(chosen, each)[:taken]
+      placed += taken
+      whole = taken // each                                           # bins that took all they could
+      for part, left in ((chosen[:whole], room - each * size), (chosen[whole:], room - taken % each * size)):
+        if len(part) and left:
+          rooms[left].append(part)
+          known |= 1 << left
+  return bins
+
+
+class Planner(NamedTuple):
+  """How windows are made, and whether anew every epoch; (Lengths, Permutation or None) -> plan."""
+  make: Callable[[Lengths, Permutation | None], Any]
+  by_epoch: bool
+
+
+PLANNERS = {'concatenated': Planner(concatenated, True), 'best_fit': Planner(best_fit, True),
+            'contiguous': Planner(contiguous, False), 'padded': Planner(padded, False)}
+
+
+def make_plan(store: Store, packing: str, raw_length: int, overlap: int, seed: int, source: int, epoch: int,
+              shuffle: bool):
+  """The plan of an epoch of a store; large ones are kept as files beside the store, where that can be written."""
+  planner = lookup(PLANNERS, packing, 'packing')
+  anew = planner.by_epoch and shuffle
+  key = [FORMAT, store.key, packing, raw_length, overlap, [seed, source, epoch] if anew else None]
+  folder = store.folder / 'plans' / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:24]
+  if len(store.train) >= CACHED_FROM and folder.exists():
+    arrays = {file.stem: np.load(file, mmap_mode='r') for file in folder.glob('*.npy')}
+    return Cut(**arrays, raw_length=raw_length, overlap=overlap) if 'order' in arrays else Packed(**arrays)
+  text = Lengths(store.train, store.lengths[store.train], raw_length, overlap)
+  plan = planner.make(text, Permutation(len(text.document), seed, source, epoch, 1) if anew else None)
+  if len(store.train) >= CACHED_FROM:
+    with contextlib.suppress(OSError):
+      _keep(folder, plan.arrays)
+  return plan
+
+
+def _keep(folder, arrays: dict[str, np.ndarray]) -> None:
+  """Writes a plan; the folder appears whole. The oldest beyond CACHED_PLANS go; whoever maps one keeps it."""
+  temporary = folder.with_name(f'{folder.name}.{os.getpid()}.tmp')
+  temporary.mkdir(parents=True)
+  for name, array in arrays.items():
+    np.save(temporary / f'{name}.npy', array)
+  temporary.rename(folder)
+  kept = sorted(folder.parent.iterdir(), key=lambda f: f.stat().st_mtime_ns)
+  for old in kept[:-CACHED_PLANS]:
+    for file in old.glob('*.npy'):
+      file.unlink()
+    old.rmdir()
+
+
+# ---- the stream --------------------------------------------------------------------------------------------------
+
+
+def assemble(store: Store, pieces: Pieces, rows: int, raw_length: int, filler: int) -> dict[str, np.ndarray]:
+  """Windows of text as an objective reads them: tokens, segment_ids, positions, starts, each [rows, raw_length]."""
+  length = pieces.end - pieces.start
+  ends = np.cumsum(length)
+  begins = ends - length
+  count = np.bincount(pieces.row, minlength=rows)
+  first = np.cumsum(count) - count                                    # first piece of each row
+  begin_of_row = begins[np.minimum(first, len(begins) - 1)]
+  place = begins - begin_of_row[pieces.row] + pieces.row * raw_length  # in the flat arrays
+  segment = (np.arange(len(length)) - first[pieces.row] + 1).astype(np.int32)
+  tokens = np.full(rows * raw_length, filler, np.int32)
+  store.copy(pieces.document, pieces.start, length, tokens, place)
+  starts = np.zeros(rows * raw_length, bool)
+  starts[place[pieces.start == 0]] = True
+  total = int(ends[-1])
+  segments = np.repeat(segment, length)
+  positions = np.arange(total, dtype=np.int32) - np.repeat(begins.astype(np.int32), length)
+  if total != rows * raw_length:
+    where = np.arange(total) + np.repeat(place - begins, length)
+    padded_segments, padded_positions = np.zeros((2, rows * raw_length), np.int32)
+    padded_segments[where], padded_positions[where] = segments, positions
+    segments, positions = padded_segments, padded_positions
+  shape = rows, raw_length
+  return dict(tokens=tokens.reshape(shape), segment_ids=segments.reshape(shape), positions=positions.reshape(shape),
+              starts=starts.reshape(shape))
+
+
+def examples_of(objective, items: dict[str, np.ndarray], seed: int, numbers: np.ndarray) -> dict[str, np.ndarray]:
+  """The objective's arrays for a block of windows; each row's rng depends on (seed, its number) alone."""
+  if not objective.random:
+    return objective.example(items, None)
+  rows = [objective.example({k: v[r] for k, v in items.items()},
+                            np.random.Generator(np.random.Philox(key=np.array([seed, n], np.uint64))))
+          for r, n in enumerate(numbers.tolist())]
+  return {key: np.stack([row[key] for row in rows]) for key in rows[0]}
+
+
+class Stream:
+  """The endless sequence of training examples: `sample(i)` is a pure function of (config, i).
+
+  Pickles, for worker processes.
+
+  Args:
+    config: the whole config; seed, seq_len, data and model.vocab_size are read.
+    stores: one for each source of the mixture, in its order.
+    objective: an `objectives.Objective`.
+    vocab: the tokenizer's.
+  Raises:
+    JaxlmError: a store without training text, weights that do not fit the sources, or ids that the model lacks.
+  """
+
+  def __init__(self, config, stores: Sequence[Store], objective, vocab):
+    data = config.data
+    phases = [(0, tuple(weight for *_, weight in mixture(data))), *((n, tuple(w)) for n, w in data.phases)]
+    for start, weights in phases:
+      if len(weights) != len(stores):
+        raise JaxlmError(f'config.data.phases: the weights {weights} from example {start} on are {len(weights)}, but '
+                         f'there are {len(stores)} sources; give one weight each.')
+    for (start, _), (following, _) in zip(phases, phases[1:]):
+      if following <= start:
+        raise JaxlmError(f'config.data.phases: example {following} comes after {start}; first examples must rise, '
+                         'from 1 on.')
+    check_ids(stores, vocab, config.model.vocab_size)
+    self._setup(list(stores), objective, vocab.filler, phases, objective.raw_length(config.seq_len), config.seed,
+                data.packing, data.shuffle)
+
+  def _setup(self, *arguments):
+    (self.stores, self.objective, self.filler, phases, self.raw_length, self.seed, self.packing,
+     self.shuffle) = self._arguments = arguments
+    self._plans: collections.OrderedDict[tuple[int, int], Any] = collections.OrderedDict()
+    windows = [self._plan(source, 0).windows for source in range(len(self.stores))]
+    for store, count in zip(self.stores, windows):
+      if not count:
+        raise JaxlmError(f'Source {store.name!r} has no text to train on: {store.manifest["documents"]} documents, '
+                         f'{store.manifest["heldout_documents"]} of them held out; lower config.data.holdout or give '
+                         'more text.')
+    self.schedule = Schedule(phases, windows, self.seed, self.shuffle)
+
+  def __reduce__(self):
+    return _stream, self._arguments
+
+  def _plan(self, source: int, epoch: int):
+    if not (self.shuffle and lookup(PLANNERS, self.packing, 'packing').by_epoch):
+      epoch = 0
+    key = source, epoch
+    if key not in self._plans:
+      self._plans[key] = make_plan(self.stores[source], self.packing, self.raw_length, self.objective.overlap,
+                                   self.seed, source, epoch, self.shuffle)
+      while len(self._plans) > 2 * len(self.stores):
+        self._plans.popitem(last=False)
+    return self._plans[key]
+
+  def plan(self, i: int) -> tuple[int, int, int]:
+    """(source, epoch, window) of example i."""
+    source, epoch, window = self.schedule.locate(np.array([i]))
+    return int(source[0]), int(epoch[0]), int(window[0])
+
+  def documents(self, i: int) -> list[dict[str, Any]]:
+    """Where example i comes from: a dict a piece, with source, file, offset, document, start and end (in tokens)."""
+    source, epoch, window = self.plan(i)
+    store, pieces = self.stores[source], self._plan(source, epoch).pieces(np.array([window]))
+    found = []
+    for _, document, start, end in zip(*(column.tolist() for column in pieces)):
+      file, offset = store.provenance(document)
+      found.append(dict(source=store.name, file=file, offset=offset, document=document, start=start, end=end))
+    return found
+
+  def items(self, examples: np.ndarray) -> dict[str, np.ndarray]:
+    """The windows of text of many examples, as an objective reads them."""
+    source, epoch, window = self.schedule.locate(examples)
+    groups = np.unique(np.stack([source, epoch]), axis=1).T.tolist()
+    items: dict[str, np.ndarray] = {}
+    for number, turn in groups:
+      here = np.flatnonzero((source == number) & (epoch == turn))
+      part = assemble(self.stores[number], self._plan(number, turn).pieces(window[here]), len(here), self.raw_length,
+                      self.filler)
+      if len(groups) == 1:
+        return part
+      for key, value in part.items():
+        items.setdefault(key, np.empty((len(examples), self.raw_length), value.dtype))[here] = value
+    return items
+
+  def examples(self, numbers: np.ndarray) -> dict[str, np.ndarray]:
+    """Many examples, a row each, with the keys of `types.BATCH` but `example_ids`."""
+    numbers = np.asarray(numbers, np.int64)
+    return examples_of(self.objective, self.items(numbers), self.seed, numbers)
+
+  def sample(self, i: int) -> dict[str, np.ndarray]:
+    """Example i alone."""
+    return {key: value[0] for key, value in self.examples(np.array([i])).items()}
+
+
+def _stream(*arguments) -> Stream:
+  stream = Stream.__new__(Stream)
+  stream._setup(*arguments)
+  return stream
+
+
+def check_ids(stores: Sequence[Store], vocab, model_size: int) -> None:
+  """Refuses stores that hold ids beyond the model's vocabulary.
+
+  Args:
+    model_size: config.model.vocab_size; 0 means the tokenizer's.
+  Raises:
+    JaxlmError: an id that the model has no embedding for. (Indexing would clamp it silently.)
+  """
+  size = model_size or vocab.size
+  for store in stores:
+    highest = max(store.manifest['max_id'], vocab.filler)
+    if highest >= size:
+      raise JaxlmError(f'Source {store.name!r} was tokenised by {store.manifest["tokenizer"]!r} and holds id {highest}, '
+                       f'but the model has {size} ids; set config.model.vocab_size to 0 or at least {highest + 1}, or '
+                       'use the tokenizer that belongs to the model.')
+
+
+def planning_speed(windows: int = 10 ** 9, block: int = 4096, blocks: int = 50) -> dict[str, float]:
+  """Measures planning a mixture of three sources over so many windows: seconds a sample, and to start anywhere."""
+  phases = [(0, (5, 3, 2)), (10 ** 7, (1, 1, 1)), (10 ** 9, (7, 2, 1))]
+  began = time.perf_counter()
+  schedule = Schedule(phases, [windows, windows // 3, windows // 1000], seed=1, shuffle=True)
+  schedule.locate(np.arange(3 * 10 ** 9 + 7, 3 * 10 ** 9 + 8))
+  start = time.perf_counter() - began
+  began = time.perf_counter()
+  for n in range(blocks):
+    schedule.locate(np.arange(block) + n * 10 ** 8)
+  return dict(start_s=start, sample_s=(time.perf_counter() - began) / (block * blocks))
