@@ -11,6 +11,7 @@ import logging
 import math
 import os
 import pathlib
+import re
 import shutil
 import socket
 import tempfile
@@ -19,6 +20,7 @@ from typing import Any, Iterator, Sequence
 
 import jax
 from jax.experimental import multihost_utils
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
@@ -269,7 +271,9 @@ class Checkpoints:
     read = self._manager.restore(step, args=ocp.args.Composite(**others, **{
         item: ocp.args.PyTreeRestore(part, ocp.checkpoint_utils.construct_restore_args(part), partial_restore=True)
         for item, part in parts.items()}))
-    return {path: x for item in parts for path, x in trees.flatten(read[item]).items()}, read
+    arrays = {path: x for item in parts for path, x in trees.flatten(read[item]).items()}
+    return {path: arrays[path] if path in arrays else jnp.zeros(x.shape, x.dtype, device=x.sharding)
+            for path, x in want.items()}, read
 
   def _refuse(self, step: int, differences: list[str]) -> None:
     if differences:
@@ -284,7 +288,7 @@ class Checkpoints:
     except Exception as e:  # whatever Orbax, TensorStore or the file system raise
       self._best.values.pop(step, None)
       raise RunFailed(f'Checkpoint {step} was not saved in {self.folder}: {_reason(e)}. Steps that stand: '
-                      f'{_listed(self.steps())}. Mend this (is the disk full?) and start the run again.') from e
+                      f'{_listed(self.steps())}. Mend this and start the run again.') from e
 
 
 @contextlib.contextmanager
@@ -343,11 +347,12 @@ class _Best:
 
 
 def _by_item(leaves: dict[str, Any]) -> dict[str, dict[str, Any]]:
-  """{item: {path: leaf}}."""
+  """{item: {path: leaf}}, without the arrays that hold nothing, which Orbax refuses."""
   items: dict[str, dict[str, Any]] = {}
   for path, x in leaves.items():
     field = path.split('/')[0]
-    items.setdefault(field if field in _ALONE else 'rest', {})[path] = x
+    if 0 not in x.shape:
+      items.setdefault(field if field in _ALONE else 'rest', {})[path] = x
   return items
 
 
@@ -394,8 +399,10 @@ def _listed(steps: Sequence[int]) -> str:
 
 
 def _reason(e: BaseException) -> str:
-  """One line of an exception."""
-  lines = (getattr(e, 'strerror', None) or str(e)).strip().splitlines()
+  """One line of an exception; of TensorStore's several hundred letters, what the system said."""
+  if code := getattr(e, 'errno', None) or re.search(r"os_error_code='(\d+)'", str(e)):
+    return os.strerror(code if isinstance(code, int) else int(code[1]))
+  lines = str(e).strip().splitlines()
   return (lines[0][:300] if lines else type(e).__name__).rstrip('.')
 
 
