@@ -72,6 +72,16 @@ class Permutation:
     return x.astype(np.int64)
 
 
+def _remembered(known: dict, key: tuple[int, int], size: int, make: Callable[[], Any]) -> Any:
+  """known[key], made if it is missing; the oldest beyond `size` go. Threads may share it."""
+  value = known.get(key)
+  if value is None:
+    value = known[key] = make()
+    for old in list(known)[:-size]:
+      known.pop(old, None)
+  return value
+
+
 # ---- mixtures ----------------------------------------------------------------------------------------------------
 
 
@@ -118,7 +128,7 @@ class Schedule:
     for (start, weights), (end, _) in zip(phases, phases[1:]):
       _, counts = _split(np.array([end - start]), weights)
       self._carried.append([c + int(n[0]) for c, n in zip(self._carried[-1], counts)])
-    self._permutations: collections.OrderedDict[tuple[int, int], Permutation] = collections.OrderedDict()
+    self._permutations: dict[tuple[int, int], Permutation] = {}
 
   def counts(self, n: int) -> list[int]:
     """How many of the first n examples each source gives."""
@@ -145,12 +155,8 @@ class Schedule:
     return source, epoch, window
 
   def _permutation(self, source: int, epoch: int) -> Permutation:
-    key = source, epoch
-    if key not in self._permutations:
-      self._permutations[key] = Permutation(self.windows[source], self.seed, source, epoch, 0)
-      while len(self._permutations) > 2 * len(self.windows):
-        self._permutations.popitem(last=False)
-    return self._permutations[key]
+    return _remembered(self._permutations, (source, epoch), 2 * len(self.windows),
+                       lambda: Permutation(self.windows[source], self.seed, source, epoch, 0))
 
 
 # ---- windows -----------------------------------------------------------------------------------------------------
@@ -349,6 +355,10 @@ def _keep(folder, arrays: dict[str, np.ndarray]) -> None:
 
 def assemble(store: Store, pieces: Pieces, rows: int, raw_length: int, filler: int) -> dict[str, np.ndarray]:
   """Windows of text as an objective reads them: tokens, segment_ids, positions, starts, each [rows, raw_length]."""
+  shape = rows, raw_length
+  if not len(pieces.row):
+    zeros = np.zeros(shape, np.int32)
+    return dict(tokens=zeros + np.int32(filler), segment_ids=zeros, positions=zeros, starts=zeros.astype(bool))
   length = pieces.end - pieces.start
   ends = np.cumsum(length)
   begins = ends - length
@@ -369,7 +379,6 @@ def assemble(store: Store, pieces: Pieces, rows: int, raw_length: int, filler: i
     padded_segments, padded_positions = np.zeros((2, rows * raw_length), np.int32)
     padded_segments[where], padded_positions[where] = segments, positions
     segments, positions = padded_segments, padded_positions
-  shape = rows, raw_length
   return dict(tokens=tokens.reshape(shape), segment_ids=segments.reshape(shape), positions=positions.reshape(shape),
               starts=starts.reshape(shape))
 
@@ -416,7 +425,7 @@ class Stream:
   def _setup(self, *arguments):
     (self.stores, self.objective, self.filler, phases, self.raw_length, self.seed, self.packing,
      self.shuffle) = self._arguments = arguments
-    self._plans: collections.OrderedDict[tuple[int, int], Any] = collections.OrderedDict()
+    self._plans: dict[tuple[int, int], Any] = {}
     windows = [self._plan(source, 0).windows for source in range(len(self.stores))]
     for store, count in zip(self.stores, windows):
       if not count:
@@ -431,13 +440,9 @@ class Stream:
   def _plan(self, source: int, epoch: int):
     if not (self.shuffle and lookup(PLANNERS, self.packing, 'packing').by_epoch):
       epoch = 0
-    key = source, epoch
-    if key not in self._plans:
-      self._plans[key] = make_plan(self.stores[source], self.packing, self.raw_length, self.objective.overlap,
-                                   self.seed, source, epoch, self.shuffle)
-      while len(self._plans) > 2 * len(self.stores):
-        self._plans.popitem(last=False)
-    return self._plans[key]
+    return _remembered(self._plans, (source, epoch), 2 * len(self.stores), lambda: make_plan(
+        self.stores[source], self.packing, self.raw_length, self.objective.overlap, self.seed, source, epoch,
+        self.shuffle))
 
   def plan(self, i: int) -> tuple[int, int, int]:
     """(source, epoch, window) of example i."""
