@@ -88,8 +88,8 @@ class _HostRows:
   def __call__(self, batch_size: int) -> tuple[int, int]:
     each, left = divmod(batch_size, self.hosts)
     if left:
-      raise JaxlmError(f'A batch of {batch_size} rows does not divide by {self.hosts} hosts; set config.batch_size to a '
-                       'multiple.')
+      raise JaxlmError(f'A batch of {batch_size} rows does not divide by {self.hosts} hosts; set config.batch_size '
+                       'to a multiple.')
     return self.host * each, (self.host + 1) * each
 
 
@@ -117,7 +117,7 @@ def _merged(skips: Skips) -> list[tuple[int, int]]:
 
 @dataclasses.dataclass
 class _Upcoming:
-  """The batches from `examples` on as a random-access sequence, which is what Grain reads; element 0 has `first` rows."""
+  """The batches from `examples` on, as the random-access sequence that Grain reads; element 0 has `first` rows."""
   stream: Stream
   rows: Callable[[int], tuple[int, int]]
   sizes: Callable[[int], int]
@@ -187,8 +187,9 @@ class Batches:
     from absl import flags
     if not flags.FLAGS.is_parsed():
       flags.FLAGS.mark_as_parsed()  # Grain's workers read flags, which a notebook never parses
-    dataset = grain.MapDataset.source(upcoming).to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
+    reading = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
     ahead = -(-self._prefetch // self._workers)
+    dataset = grain.MapDataset.source(upcoming).to_iter_dataset(reading)
     return iter(dataset.mp_prefetch(grain.MultiprocessingOptions(self._workers, ahead)))
 
   def close(self) -> None:
@@ -210,9 +211,9 @@ HELDOUT_NUMBERS = 1 << 62  # the random streams of evaluation are none of traini
 
 
 class HeldoutBatches:
-  """Batches that hold every token of a store's first held-out documents once, in a fixed order; iterate it anew each time.
+  """Batches that hold every token of a store's first held-out documents once, in a fixed order.
 
-  All have `config.eval.batch_size` rows; what the last one lacks is rows of padding, whose loss weights are 0. Bits per
+  Each iteration begins anew. All have `config.eval.batch_size` rows; what the last one lacks is rows of padding, whose loss weights are 0. Bits per
   byte of a model are its loss, summed over all of them, in nats, over ln 2 · text_bytes: with config.data.bos every
   token of the text is a target, without it the first of each document goes uncounted.
 

@@ -124,7 +124,8 @@ def load(path: str | os.PathLike) -> Tokenizer:
   """Reads a tokenizer.json, or the folder that holds one.
 
   Which tokens are bos, eos and so on is read, in this order, from the folder's tokenizer_config.json,
-  special_tokens_map.json and config.json, as `transformers` writes them; a bare tokenizer.json goes by well-known names.
+  special_tokens_map.json and config.json, as `transformers` writes them; a bare tokenizer.json goes by well-known
+  names.
 
   Raises:
     JaxlmError: no such file, or not a tokenizer.json.
