@@ -1,0 +1,372 @@
+"""Continuing text: prefill, the decode loop, beams; pure functions of a Transformer and its parameters.
+
+Prompts of unequal length are padded on the right to a few sizes, so that programs are few. The loop runs a block of
+tokens on the device; between blocks the host looks whether anything is left to do.
+"""
+import dataclasses
+import functools
+from typing import Any, Callable, Iterator, Sequence
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxlm.models.attention import LayerCache, init_cache
+from jaxlm.models.transformer import Transformer, unstack
+from jaxlm.sampling import Program, Sampling, bucket, choose, ends, penalised, sampling_numbers, specialised
+from jaxlm.types import Array, JaxlmError, Tree
+
+BLOCK = 32   # tokens a row between two looks of the host: a stop string is noticed so many too late at most
+NONE = -1    # in arrays of produced ids: nothing was produced here
+
+Ids = Sequence[int]
+
+
+def generate(model: Transformer, params: Tree, prompts: Sequence[Ids], max_new_tokens: int = 64,
+             sampling: Sampling = Sampling(), eos: Ids = (), stopped: Callable[[list[int]], bool] | None = None,
+             batch_size: int = 32) -> list[list[int]]:
+  """Continues prompts.
+
+  Args:
+    model: a causal one; scanned or not, on any mesh.
+    params: its parameters.
+    prompts: ids, at least one each.
+    max_new_tokens: length of a continuation, at most.
+    sampling: how tokens are chosen.
+    eos: ids that end a row.
+    stopped: asked between blocks with a row's continuation so far; True ends the row. Beams do not ask.
+    batch_size: rows continued at once.
+  Returns:
+    Continuations alone, in the order of the prompts; one that ended has its end token last.
+  Raises:
+    JaxlmError: an id outside the vocabulary, an empty prompt, more tokens than learned positions, a model that does
+      not predict the next token.
+  """
+  _check(model, prompts, max_new_tokens, eos, batch_size)
+  outputs: list[list[int]] = [[] for _ in prompts]
+  if not max_new_tokens or not prompts:
+    return outputs
+  model, params = unrolled(model, params)
+  by_length = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
+  for start in range(0, len(prompts), batch_size):
+    rows = by_length[start:start + batch_size]
+    inputs = pad(model, [prompts[row] for row in rows], rows)
+    length = _cache_length(model, max(len(prompts[row]) for row in rows) + max_new_tokens)
+    if sampling.num_beams > 1:
+      blocks = iter([_beams(model, params, inputs, length, max_new_tokens, sampling, eos)])
+    else:
+      blocks = _loop(model, params, inputs, length, max_new_tokens, sampling, eos,
+                     lambda i: stopped is not None and stopped(outputs[rows[i]]))
+    for ids_BT in blocks:
+      for row, ids in zip(rows, ids_BT.tolist()):
+        outputs[row] += [i for i in ids if i != NONE]
+  return outputs
+
+
+def unrolled(model: Transformer, params: Tree) -> tuple[Transformer, Tree]:
+  """The model that decodes, a layer after the other, and its parameters; what trains scans over layers stacked."""
+  config = dataclasses.replace(model.config, scan=False, remat='none')
+  # One token has no length to split.
+  rules = tuple((logical, None if logical == 'act_length' else axes) for logical, axes in model.layout.rules)
+  if model.config.scan:
+    params = jax.jit(lambda tree: unstack(tree, config))(params)
+  return Transformer(config, dataclasses.replace(model.layout, rules=rules)), params
+
+
+def check_tokens(tokens: np.ndarray, vocab_size: int, what: str) -> None:
+  """Raises JaxlmError where ids are outside the vocabulary, which an array lookup would turn into NaN silently."""
+  tokens = np.asarray(tokens)
+  if tokens.size and not np.issubdtype(tokens.dtype, np.integer):
+    raise JaxlmError(f'{what}: wanted token ids, got {tokens.dtype}; encode text with the tokenizer first.')
+  wrong = tokens[(tokens < 0) | (tokens >= vocab_size)]
+  if wrong.size:
+    raise JaxlmError(f'{what}: token id {wrong.flat[0]} is outside the vocabulary, 0 to {vocab_size - 1}; '
+                     "use this model's own tokenizer.")
+
+
+def check_length(model: Transformer, needed: int, what: str, remedy: str) -> None:
+  """Raises JaxlmError where a row would be longer than the positions a model learned; other kinds have no end."""
+  config = model.config
+  if config.positions.kind == 'learned' and needed > config.max_length:
+    raise JaxlmError(f'{what} needs {needed} positions; the model learned {config.max_length}. {remedy}')
+
+
+@flax.struct.dataclass
+class Inputs:
+  """Prompts as arrays. Rows that only fill the batch up have length 0.
+
+  Attributes:
+    tokens_BT: ids, padded on the right.
+    lengths_B: tokens of each row that are real.
+    rows_B: the row's number, which keys its draws.
+  """
+  tokens_BT: Any
+  lengths_B: Any
+  rows_B: Any
+
+
+def pad(model: Transformer, sequences: Sequence[Ids], rows: Sequence[int] | None = None) -> Inputs:
+  """Sequences of unequal length as arrays; as many rows as a power of two a part of the mesh's batch axes.
+
+  Args:
+    sequences: ids, one sequence at least.
+    rows: their numbers; None: 0, 1, ….
+  """
+  every = model.layout.mesh.size
+  parts = every // model.layout.sharding(('act_batch',), (every,)).shard_shape((every,))[0]
+  B, T = parts * bucket(-(-len(sequences) // parts), 1), bucket(max(map(len, sequences)))
+  tokens_BT, lengths_B, rows_B = np.zeros((B, T), np.int32), np.zeros(B, np.int32), np.zeros(B, np.int32)
+  rows_B[:len(sequences)] = range(len(sequences)) if rows is None else rows
+  for i, ids in enumerate(sequences):
+    tokens_BT[i, :len(ids)], lengths_B[i] = ids, len(ids)
+  return Inputs(tokens_BT, lengths_B, rows_B)
+
+
+def batch_of(tokens_BT: Array, real_BT: Array) -> dict[str, Array]:
+  """What the model reads of rows whose tokens are all one document but for padding, wherever that stands."""
+  # Padding stands at 0 too: a learned table has no row for what is beyond its end, and would give NaN.
+  positions_BT = jnp.maximum(jnp.cumsum(real_BT, axis=1, dtype=jnp.int32) - 1, 0)
+  return {'tokens': tokens_BT, 'segment_ids': real_BT.astype(jnp.int32), 'positions': positions_BT,
+          'order': positions_BT + 1}
+
+
+def _check(model: Transformer, prompts: Sequence[Ids], max_new_tokens: int, eos: Ids, batch_size: int) -> None:
+  if model.config.visibility == 'full':
+    raise JaxlmError('This model sees both sides of a token, so it cannot continue a text; '
+                     "use one trained with objective.name='causal'.")
+  for name, value, low in (('max_new_tokens', max_new_tokens, 0), ('batch_size', batch_size, 1)):
+    if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or value < low:
+      raise JaxlmError(f'{name} must be an integer, at least {low}; got {value!r}.')
+  for row, ids in enumerate(prompts):
+    if not len(ids):
+      raise JaxlmError(f'Prompt {row} is empty; give it one token at least, the one that begins a document, say.')
+    check_tokens(ids, model.config.vocab_size, f'Prompt {row}')
+    room = model.config.max_length - len(ids)
+    check_length(model, len(ids) + max_new_tokens, f'Prompt {row} ({len(ids)} tokens) with max_new_tokens='
+                 f'{max_new_tokens}', f'Lower max_new_tokens to {room} or shorten the prompt.' if room > 0 else
+                 'Shorten the prompt.')
+  check_tokens(np.asarray(list(eos), np.int64), model.config.vocab_size, 'The end token')
+
+
+# ---- the model ---------------------------------------------------------------------------------------------------
+
+
+def _read(model: Transformer, params: Tree, program: Program, batch: dict[str, Array], cache: list[LayerCache],
+          last_B: Array) -> tuple[Array, list[LayerCache]]:
+  """(float32 logits [B, V] at column last_B of the batch, -inf beyond the vocabulary; the cache with the batch in it)."""
+  out = model.apply({'params': params}, batch, cache, with_logits=False)
+  hidden_B1D = jnp.take_along_axis(out.hidden, last_B[:, None, None], axis=1)
+  logits_BV = model.apply({'params': params}, hidden_B1D, method='logits')[:, 0]
+  return jnp.where(jnp.arange(logits_BV.shape[1]) < program.vocab_size, logits_BV, -jnp.inf), out.cache
+
+
+def _prefill(model: Transformer, params: Tree, program: Program, inputs: Inputs,
+             length: int) -> tuple[Array, list[LayerCache], Array | None]:
+  """Reads the prompts: (logits of the first new token, cache, which ids were seen)."""
+  B, T = inputs.tokens_BT.shape
+  real_BT = jnp.arange(T) < inputs.lengths_B[:, None]
+  cache = init_cache(model.config, B, length)
+  logits_BV, cache = _read(model, params, program, batch_of(inputs.tokens_BT, real_BT), cache,
+                           jnp.maximum(inputs.lengths_B - 1, 0))
+  seen_BV = None
+  if program.penalises:
+    seen_BV = jnp.zeros(logits_BV.shape, bool).at[jnp.arange(B)[:, None], inputs.tokens_BT].max(real_BT)
+  return logits_BV, cache, seen_BV
+
+
+def _advance(model: Transformer, params: Tree, program: Program, cache: list[LayerCache], seen_BV: Array | None,
+             ids_B: Array, positions_B: Array, real_B: Array) -> tuple[Array, list[LayerCache], Array | None]:
+  """Reads one token a row; rows that are not real write nothing."""
+  batch = {'tokens': ids_B[:, None], 'segment_ids': real_B[:, None].astype(jnp.int32),
+           'positions': positions_B[:, None], 'order': positions_B[:, None] + 1}
+  logits_BV, cache = _read(model, params, program, batch, cache, jnp.zeros_like(ids_B))
+  if program.penalises:
+    seen_BV = seen_BV.at[jnp.arange(ids_B.shape[0]), ids_B].max(real_B)
+  return logits_BV, cache, seen_BV
+
+
+def _single_token(model: Transformer) -> Transformer:
+  """The same model for one token at a time, whose scores are few: kernels that cut them in blocks only cost."""
+  attention = dataclasses.replace(model.config.attention, kernel='dense')
+  return Transformer(dataclasses.replace(model.config, attention=attention), model.layout)
+
+
+def _cache_length(model: Transformer, needed: int) -> int:
+  """Slots of a cache for `needed` tokens, few different numbers; not above what a learned table can fill."""
+  slots = bucket(needed, 64)
+  return min(slots, model.config.max_length) if model.config.positions.kind == 'learned' else slots
+
+
+# ---- the loop ----------------------------------------------------------------------------------------------------
+
+
+@flax.struct.dataclass
+class Rows:
+  """Between two tokens.
+
+  Attributes:
+    cache: of all tokens but the newest.
+    seen_BV: ids in prompt and continuation, the newest not yet; None where repetition costs nothing.
+    newest_B: the token chosen last, which the model has not read.
+    positions_B: where it stands.
+    done_B: rows that ended.
+    rows_B: numbers of the rows.
+  """
+  cache: list[LayerCache]
+  seen_BV: Array | None
+  newest_B: Array
+  positions_B: Array
+  done_B: Array
+  rows_B: Array
+
+
+@functools.partial(jax.jit, static_argnames=('model', 'program', 'length'))
+def _start(model, params, program, numbers, inputs, length) -> tuple[Rows, Array]:
+  """Prompts read, the first token chosen: (state, ids [B, 1])."""
+  logits_BV, cache, seen_BV = _prefill(model, params, program, inputs, length)
+  ids_B = choose(program, numbers, logits_BV, seen_BV, inputs.rows_B, inputs.lengths_B)
+  empty_B = inputs.lengths_B == 0
+  state = Rows(cache, seen_BV, ids_B, inputs.lengths_B, empty_B | ends(program, ids_B), inputs.rows_B)
+  return state, _whole(model, jnp.where(empty_B, NONE, ids_B)[:, None])
+
+
+@functools.partial(jax.jit, static_argnames=('model', 'program'), donate_argnames=('state',))
+def _block(model, params, program, numbers, state, stopped_B, steps) -> tuple[Rows, Array]:
+  """Up to BLOCK more tokens, fewer where `steps` is less or all rows ended: (state, ids [B, BLOCK])."""
+  state = state.replace(done_B=state.done_B | stopped_B)
+
+  def more(carry):
+    step, state, _ = carry
+    return (step < steps) & ~state.done_B.all()
+
+  def body(carry):
+    step, state, ids_BT = carry
+    logits_BV, cache, seen_BV = _advance(_single_token(model), params, program, state.cache, state.seen_BV,
+                                         state.newest_B, state.positions_B, ~state.done_B)
+    positions_B = state.positions_B + ~state.done_B
+    ids_B = choose(program, numbers, logits_BV, seen_BV, state.rows_B, positions_B)
+    ids_BT = jax.lax.dynamic_update_slice_in_dim(ids_BT, jnp.where(state.done_B, NONE, ids_B)[:, None], step, axis=1)
+    state = state.replace(cache=cache, seen_BV=seen_BV, newest_B=ids_B, positions_B=positions_B,
+                          done_B=state.done_B | ends(program, ids_B))
+    return step + 1, state, ids_BT
+
+  empty_BT = jnp.full((state.newest_B.shape[0], BLOCK), NONE, jnp.int32)
+  _, state, ids_BT = jax.lax.while_loop(more, body, (jnp.int32(0), state, empty_BT))
+  return state, _whole(model, ids_BT)
+
+
+def _whole(model: Transformer, x: Array) -> Array:
+  """Replicated: every process of a run reads the same ids, and decides the same."""
+  return jax.lax.with_sharding_constraint(x, model.layout.replicated)
+
+
+def _loop(model: Transformer, params: Tree, inputs: Inputs, length: int, max_new_tokens: int, sampling: Sampling,
+          eos: Ids, stopped: Callable[[int], bool]) -> Iterator[np.ndarray]:
+  """Yields ids [B, BLOCK] (at first [B, 1]) as they are produced, NONE where a row has ended.
+
+  Args:
+    stopped: asked, after each block was taken, for each row of the batch that is not filling.
+  """
+  program = specialised(model.config.vocab_size, sampling, eos)
+  numbers = sampling_numbers(sampling, program)
+  state, ids_BT = _start(model, params, program, numbers, inputs, length)
+  num_rows, produced = int((inputs.lengths_B > 0).sum()), 1
+  stopped_B = np.zeros(len(inputs.lengths_B), bool)
+  yield np.asarray(ids_BT)[:num_rows]
+  while produced < max_new_tokens:
+    stopped_B[:num_rows] |= [stopped(row) for row in range(num_rows)]
+    if (np.asarray(state.done_B) | stopped_B).all():
+      return
+    steps = min(BLOCK, max_new_tokens - produced)
+    state, ids_BT = _block(model, params, program, numbers, state, stopped_B, np.int32(steps))
+    produced += steps
+    yield np.asarray(ids_BT)[:num_rows]
+
+
+# ---- beams -------------------------------------------------------------------------------------------------------
+
+
+@flax.struct.dataclass
+class Beams:
+  """Beam search between two tokens; W beams a row, those of a row side by side in the model's batch.
+
+  Attributes:
+    cache, seen_RV: of R = B·W beams.
+    logits_RV: of each beam's next token.
+    ids_BWT: continuations so far, NONE where there is nothing yet.
+    total_BW: their log-probabilities, summed; -inf: no such beam.
+    best_ids_BT: the best continuation that ended.
+    best_B: its score.
+  """
+  cache: list[LayerCache]
+  seen_RV: Array | None
+  logits_RV: Array
+  ids_BWT: Array
+  total_BW: Array
+  best_ids_BT: Array
+  best_B: Array
+
+
+def _beams(model: Transformer, params: Tree, inputs: Inputs, length: int, max_new_tokens: int, sampling: Sampling,
+           eos: Ids) -> np.ndarray:
+  """The best continuation of each row, ids [B, T], NONE after its end."""
+  program = specialised(model.config.vocab_size, sampling, eos)
+  num_rows = int((inputs.lengths_B > 0).sum())
+  ids_BT = _search(model, params, program, sampling_numbers(sampling, program), inputs, np.int32(max_new_tokens),
+                   np.float32(sampling.length_penalty), length=length, num_beams=sampling.num_beams,
+                   size=bucket(max_new_tokens))
+  return np.asarray(ids_BT)[:num_rows]
+
+
+@functools.partial(jax.jit, static_argnames=('model', 'program', 'length', 'num_beams', 'size'))
+def _search(model, params, program, numbers, inputs, steps, length_penalty, length, num_beams, size) -> Array:
+  """Beam search that goes on until no beam can become better than the best continuation that ended.
+
+  An end counts where it is among the W best next tokens of a row, as in Hugging Face's search; so one beam with
+  length_penalty 0 is the greedy continuation.
+  """
+  B, W, V = inputs.tokens_BT.shape[0], num_beams, model.config.padded_vocab
+  num_candidates = min(W * (1 + len(program.eos)), W * V)
+  score = lambda total, n: total / n.astype(jnp.float32) ** length_penalty
+  spread = lambda tree: jax.tree.map(lambda x: jnp.repeat(x, W, axis=0), tree)
+  first_row_B1 = jnp.arange(B)[:, None] * W
+
+  def more(carry):
+    step, beams = carry
+    # The best a beam can still score: no further loss, at the length that suits it.
+    bound_B = score(beams.total_BW.max(1), jnp.where(length_penalty > 0, steps, step + 1))
+    return (step < steps) & (bound_B > beams.best_B).any()
+
+  def body(carry):
+    step, beams = carry
+    logp_RV = penalised(program, numbers, jax.nn.log_softmax(beams.logits_RV), beams.seen_RV)
+    total_BX = (beams.total_BW[:, :, None] + logp_RV.reshape(B, W, V)).reshape(B, W * V)
+    total_BC, index_BC = jax.lax.top_k(total_BX, num_candidates)
+    beam_BC, id_BC = index_BC // V, (index_BC % V).astype(jnp.int32)
+    ids_BCT = jnp.take_along_axis(beams.ids_BWT, beam_BC[:, :, None], axis=1).at[:, :, step].set(id_BC)
+    ends_BC = ends(program, id_BC)
+
+    ended_BC = jnp.where(ends_BC & (jnp.arange(num_candidates) < W), score(total_BC, step + 1), -jnp.inf)
+    at_B11, ended_B = ended_BC.argmax(1)[:, None, None], ended_BC.max(1)
+    best_ids_BT = jnp.where((ended_B > beams.best_B)[:, None], jnp.take_along_axis(ids_BCT, at_B11, axis=1)[:, 0],
+                            beams.best_ids_BT)
+
+    total_BW, kept_BW = jax.lax.top_k(jnp.where(ends_BC, -jnp.inf, total_BC), W)
+    pick = lambda x_BC: jnp.take_along_axis(x_BC, kept_BW, axis=1)
+    row_R = (first_row_B1 + pick(beam_BC)).reshape(-1)
+    cache, seen_RV = jax.tree.map(lambda x: x[row_R], (beams.cache, beams.seen_RV))
+    logits_RV, cache, seen_RV = _advance(
+        _single_token(model), params, program, cache, seen_RV, pick(id_BC).reshape(-1),
+        jnp.repeat(inputs.lengths_B, W) + step, jnp.isfinite(total_BW).reshape(-1))
+    return step + 1, Beams(cache, seen_RV, logits_RV, jnp.take_along_axis(ids_BCT, kept_BW[:, :, None], axis=1),
+                           total_BW, best_ids_BT, jnp.maximum(ended_B, beams.best_B))
+
+  logits_BV, cache, seen_BV = _prefill(model, params, program, inputs, length)
+  # All beams of a row are one beam at first; rows that only fill the batch have none.
+  total_BW = jnp.where((jnp.arange(W) == 0) & (inputs.lengths_B > 0)[:, None], 0.0, -jnp.inf)
+  beams = Beams(spread(cache), spread(seen_BV), spread(logits_BV), jnp.full((B, W, size), NONE, jnp.int32), total_BW,
+                jnp.full((B, size), NONE, jnp.int32), jnp.full((B,), -jnp.inf))
+  _, beams = jax.lax.while_loop(more, body, (jnp.int32(0), beams))
+  alive_B = score(beams.total_BW[:, 0], steps)
+  return _whole(model, jnp.where((alive_B > beams.best_B)[:, None], beams.ids_BWT[:, 0], beams.best_ids_BT))
