@@ -59,7 +59,7 @@ class Checkpoints:
     if keep_every:
       self._policies.append(ocp.checkpoint_managers.EveryNSteps(keep_every))
     self._contents: dict[str, Any] = {}  # of the save in flight: what its manifest says besides the files
-    _quieten_orbax()
+    logging.getLogger('absl').addFilter(_not_orbax)
     if not read_only:
       self._prepare()
     for step in self.steps() if keep_best else ():
@@ -70,7 +70,7 @@ class Checkpoints:
   def steps(self) -> list[int]:
     """Steps that were committed, oldest first; a save still being written is not among them."""
     with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-      return sorted(int(p.name) for p in self.folder.iterdir() if p.name.isdecimal() and p.is_dir())
+      return sorted(int(p.name) for p in self.folder.iterdir() if re.fullmatch('0|[1-9][0-9]*', p.name) and p.is_dir())
     return []
 
   def latest_valid(self) -> int | None:
@@ -406,14 +406,6 @@ def _reason(e: BaseException) -> str:
   return (lines[0][:300] if lines else type(e).__name__).rstrip('.')
 
 
-class _Hush(logging.Filter):
-  """Drops Orbax's own lines: what fails is raised and told in one line, not also as a traceback of a thread."""
-
-  def filter(self, record: logging.LogRecord) -> bool:
-    return f'{os.sep}orbax{os.sep}' not in record.pathname
-
-
-def _quieten_orbax() -> None:
-  absl = logging.getLogger('absl')
-  if not any(isinstance(f, _Hush) for f in absl.filters):
-    absl.addFilter(_Hush())
+def _not_orbax(record: logging.LogRecord) -> bool:
+  """A log filter: what Orbax fails at is raised and told in one line, not also as a traceback of a thread."""
+  return f'{os.sep}orbax{os.sep}' not in record.pathname
