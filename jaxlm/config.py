@@ -124,7 +124,7 @@ def _fault(path: str, key: Key, value: Any) -> str | None:
   if key.check and key.check.wanted != wanted:
     wanted += f', {key.check.wanted}'
   right = (type(value) is type(key.value)) or (isinstance(key.value, float) and type(value) is int)
-  if right and isinstance(value, float) and math.isnan(value):
+  if right and isinstance(value, float) and not math.isfinite(value):
     right = False
   if right and (key.check is None or key.check.holds(value)):
     return None

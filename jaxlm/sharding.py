@@ -123,6 +123,34 @@ class Layout:
     return self.sharding(axes, shape, 'batch')
 
 
+  @property
+  def batch_parts(self) -> int:
+    """Into how many parts rows are split: the smallest batch there can be."""
+    axes = dict(reversed(self.rules)).get('act_batch') or ()
+    return math.prod(self.mesh.shape[a] for a in ((axes,) if isinstance(axes, str) else axes))
+
+  def host_rows(self, shape: Sequence[int]) -> tuple[int, int]:
+    """(first, end) of the rows of a batch that this process's devices hold."""
+    slices = [index[0].indices(shape[0]) for index in self.batch(shape).addressable_devices_indices_map(tuple(shape)).values()]
+    return min(start for start, _, _ in slices), max(stop for _, stop, _ in slices)
+
+  def place(self, rows: Mapping[str, np.ndarray], batch_size: int, first: int = 0) -> dict[str, Array]:
+    """Global arrays of `batch_size` rows, made of the rows from `first` on that this process has."""
+    def one(x: np.ndarray) -> Array:
+      shape = (batch_size, *x.shape[1:])
+      def part(index):
+        start, stop, _ = index[0].indices(batch_size)
+        return x[(slice(start - first, stop - first), *index[1:])]
+      return jax.make_array_from_callback(shape, self.batch(shape), part)
+    return {key: one(x) for key, x in rows.items()}
+
+
+def compiler_options(platform: str) -> dict[str, str]:
+  """XLA options of every compiled program, by platform."""
+  # On a CPU this fusion library costs a training step a tenth or more; '' turns it off.
+  return {'xla_cpu_experimental_ynn_fusion_type': ''} if platform == 'cpu' else {}
+
+
 def single(rules: Sequence[tuple[str, Any]]) -> Layout:
   """One device: a mesh of ones."""
   return Layout(make_mesh({}, jax.local_devices()[:1]), tuple(rules))

@@ -37,6 +37,11 @@ def map_paths(fn: Callable[..., Any], tree: Tree, *rest: Tree) -> Tree:
   return jax.tree_util.tree_map_with_path(lambda keys, *leaves: fn(path_of(keys), *leaves), tree, *rest)
 
 
+def matches(pattern: str, path: str) -> bool:
+  """Whether a rule's pattern means this path: it must match all of it."""
+  return re.fullmatch(pattern, path) is not None
+
+
 def match(rules: Rules, path: str, what: str = 'rule') -> Any:
   """The value of the first rule whose pattern matches the whole path.
 
@@ -44,7 +49,7 @@ def match(rules: Rules, path: str, what: str = 'rule') -> Any:
     JaxlmError: none does. Rules must cover everything; end them with ('.*', value).
   """
   for pattern, value in rules:
-    if re.fullmatch(pattern, path):
+    if matches(pattern, path):
       return value
   raise JaxlmError(f'No {what} matches {path!r}. Patterns: {", ".join(repr(p) for p, _ in rules) or "none"}; '
                    "add one, or end them with ('.*', value).")

@@ -221,6 +221,15 @@ def may_meet(v: Visibility, side_q: dict[str, Array], side_k: dict[str, Array]) 
   return meet_IJB.any(-1)
 
 
+def true_first(meets_IJ: Array) -> tuple[Array, Array]:
+  """For each row, how many are True, and the column numbers, those first."""
+  return meets_IJ.sum(-1), jnp.argsort(~meets_IJ, axis=-1, stable=True)
+
+
+def pick(blocks: Tree, i: Array) -> Tree:
+  return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), blocks)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def flash(score, block, q_BTNH, k_BSKH, v_BSKH, bias_params, visibility):
   return flash_forward(score, block, q_BTNH, k_BSKH, v_BSKH, bias_params, visibility)[0]
@@ -229,14 +238,15 @@ def flash(score, block, q_BTNH, k_BSKH, v_BSKH, bias_params, visibility):
 def flash_forward(score, block, q_BTNH, k_BSKH, v_BSKH, bias_params, visibility):
   """Each block of queries meets all blocks of keys, carrying the weighted sum, the top score and the weights' sum."""
   T, N, K = *q_BTNH.shape[1:3], k_BSKH.shape[2]
-  side_q, side_k = cut_sides(visibility, block)
+  side_q_I, side_k_J = cut_sides(visibility, block)
   q_IBKXH, k_JBKSH, v_JBKSH = (jax.vmap(lambda x: rows_of(x, K))(cut(x, block)) for x in (q_BTNH, k_BSKH, v_BSKH))
 
   def queries(_, q_block):
-    q_BKXH, side_q, meets_J = q_block
+    q_BKXH, side_q, num, seen_J = q_block
 
-    def attend(sums, k_BKSH, v_BKSH, side_k):
+    def meet(n, sums):
       out_BKXH, top_BKX1, total_BKX1 = sums
+      k_BKSH, v_BKSH, side_k = pick((k_JBKSH, v_JBKSH, side_k_J), seen_J[n])
       score_BKXS = score(multiply('BKXH,BKSH->BKXS', q_BKXH, k_BKSH), bias_params,
                          visibility.replace(**side_q, **side_k))
       new_top_BKX1 = jnp.maximum(top_BKX1, score_BKXS.max(-1, keepdims=True))
@@ -246,20 +256,16 @@ def flash_forward(score, block, q_BTNH, k_BSKH, v_BSKH, bias_params, visibility)
       return (keep_BKX1 * out_BKXH + multiply('BKXS,BKSH->BKXH', weight_BKXS.astype(v_BKSH.dtype), v_BKSH),
               new_top_BKX1, keep_BKX1 * total_BKX1 + weight_BKXS.sum(-1, keepdims=True))
 
-    def keys(sums, k_block):
-      meets, *k_block = k_block
-      return jax.lax.cond(meets, attend, lambda sums, *_: sums, sums, *k_block), None
-
     zero_BKX1 = jnp.zeros((*q_BKXH.shape[:3], 1), jnp.float32)
     sums = (jnp.zeros(q_BKXH.shape, jnp.float32), zero_BKX1 + MASKED, zero_BKX1)
-    (out_BKXH, top_BKX1, total_BKX1), _ = jax.lax.scan(keys, sums, (meets_J, k_JBKSH, v_JBKSH, side_k))
+    out_BKXH, top_BKX1, total_BKX1 = jax.lax.fori_loop(0, num, meet, sums)
     sees_BKX1 = top_BKX1 > MASKED
     total_BKX1 = jnp.where(sees_BKX1, total_BKX1, 1)
     out_BKXH = jnp.where(sees_BKX1, out_BKXH / total_BKX1, 0).astype(q_BTNH.dtype)
     return None, (tokens_of(out_BKXH, N), jnp.where(sees_BKX1, top_BKX1 + jnp.log(total_BKX1), 0))
 
-  meets_IJ = may_meet(visibility, side_q, side_k)
-  _, (out_IBTNH, lse_IBKX1) = jax.lax.scan(queries, None, (q_IBKXH, side_q, meets_IJ))
+  meets_IJ = may_meet(visibility, side_q_I, side_k_J)
+  _, (out_IBTNH, lse_IBKX1) = jax.lax.scan(queries, None, (q_IBKXH, side_q_I, *true_first(meets_IJ)))
   out_BTNH = checkpoint_name(join(out_IBTNH, T), 'attention_out')
   lse_IBKX1 = checkpoint_name(lse_IBKX1, 'attention_lse')
   return out_BTNH, (q_BTNH, k_BSKH, v_BSKH, bias_params, visibility, out_BTNH, lse_IBKX1)
@@ -269,44 +275,40 @@ def flash_backward(score, block, saved, grad_BTNH):
   """Each block of keys meets all blocks of queries again; what it adds to their gradients travels along."""
   q_BTNH, k_BSKH, v_BSKH, bias_params, visibility, out_BTNH, lse_IBKX1 = saved
   T, N, K, S = *q_BTNH.shape[1:3], k_BSKH.shape[2], k_BSKH.shape[1]
-  side_q, side_k = cut_sides(visibility, block)
+  side_q_I, side_k_J = cut_sides(visibility, block)
   q_IBKXH, k_JBKSH, v_JBKSH, grad_IBKXH = (jax.vmap(lambda x: rows_of(x, K))(cut(x, block))
                                            for x in (q_BTNH, k_BSKH, v_BSKH, grad_BTNH))
   # What the softmax's gradient subtracts: sum over keys of probability * its gradient = out * its gradient.
   mean_BTN1 = (out_BTNH.astype(jnp.float32) * grad_BTNH.astype(jnp.float32)).sum(-1, keepdims=True)
   mean_IBKX1 = jax.vmap(lambda x: rows_of(x, K))(cut(mean_BTN1, block))
-  add = functools.partial(jax.tree.map, jnp.add)
 
   def keys(carry, k_block):
-    dq_IBKXH, dparams = carry
-    meets_I, k_BKSH, v_BKSH, side_k = k_block
+    k_BKSH, v_BKSH, side_k, num, seen_by_I = k_block
 
-    def attend(sums, q_BKXH, grad_BKXH, lse_BKX1, mean_BKX1, side_q):
+    def meet(n, sums):
+      dq_IBKXH, dparams, dk_BKSH, dv_BKSH = sums
+      i = seen_by_I[n]
+      q_BKXH, grad_BKXH, lse_BKX1, mean_BKX1, side_q = pick((q_IBKXH, grad_IBKXH, lse_IBKX1, mean_IBKX1, side_q_I), i)
       between = visibility.replace(**side_q, **side_k)
       score_BKXS, pull = jax.vjp(lambda dot_BKXS, params: score(dot_BKXS, params, between),
                                  multiply('BKXH,BKSH->BKXS', q_BKXH, k_BKSH), bias_params)
       prob_BKXS = jnp.exp(score_BKXS - lse_BKX1)
       dprob_BKXS = multiply('BKXH,BKSH->BKXS', grad_BKXH, v_BKSH)
-      ddot_BKXS, dparams = pull(prob_BKXS * (dprob_BKXS - mean_BKX1))
+      ddot_BKXS, dparams_here = pull(prob_BKXS * (dprob_BKXS - mean_BKX1))
       ddot_BKXS = ddot_BKXS.astype(k_BKSH.dtype)
-      return add(sums, (multiply('BKXS,BKSH->BKXH', ddot_BKXS, k_BKSH),
-                        multiply('BKXS,BKXH->BKSH', ddot_BKXS, q_BKXH),
-                        multiply('BKXS,BKXH->BKSH', prob_BKXS.astype(grad_BKXH.dtype), grad_BKXH), dparams))
+      return (dq_IBKXH.at[i].add(multiply('BKXS,BKSH->BKXH', ddot_BKXS, k_BKSH)),
+              jax.tree.map(jnp.add, dparams, dparams_here),
+              dk_BKSH + multiply('BKXS,BKXH->BKSH', ddot_BKXS, q_BKXH),
+              dv_BKSH + multiply('BKXS,BKXH->BKSH', prob_BKXS.astype(grad_BKXH.dtype), grad_BKXH))
 
-    def queries(sums, q_block):
-      meets, dq_BKXH, *q_block = q_block
-      dq_BKXH, *sums = jax.lax.cond(meets, attend, lambda sums, *_: sums, (dq_BKXH, *sums), *q_block)
-      return tuple(sums), dq_BKXH
+    sums = (*carry, jnp.zeros(k_BKSH.shape, jnp.float32), jnp.zeros(v_BKSH.shape, jnp.float32))
+    *carry, dk_BKSH, dv_BKSH = jax.lax.fori_loop(0, num, meet, sums)
+    return tuple(carry), (tokens_of(dk_BKSH, K).astype(k_BSKH.dtype), tokens_of(dv_BKSH, K).astype(v_BSKH.dtype))
 
-    sums = (jnp.zeros(k_BKSH.shape, jnp.float32), jnp.zeros(v_BKSH.shape, jnp.float32), dparams)
-    (dk_BKSH, dv_BKSH, dparams), dq_IBKXH = jax.lax.scan(
-        queries, sums, (meets_I, dq_IBKXH, q_IBKXH, grad_IBKXH, lse_IBKX1, mean_IBKX1, side_q))
-    return (dq_IBKXH, dparams), (tokens_of(dk_BKSH, K).astype(k_BSKH.dtype), tokens_of(dv_BKSH, K).astype(v_BSKH.dtype))
-
-  meets_JI = may_meet(visibility, side_q, side_k).T
+  meets_JI = may_meet(visibility, side_q_I, side_k_J).T
   (dq_IBKXH, dparams), (dk_JBSKH, dv_JBSKH) = jax.lax.scan(
       keys, (jnp.zeros(q_IBKXH.shape, jnp.float32), jax.tree.map(jnp.zeros_like, bias_params)),
-      (meets_JI, k_JBKSH, v_JBKSH, side_k))
+      (k_JBKSH, v_JBKSH, side_k_J, *true_first(meets_JI)))
   dq_BTNH = join(jax.vmap(lambda x: tokens_of(x, N))(dq_IBKXH), T).astype(q_BTNH.dtype)
   no_gradient = jax.tree.map(lambda x: np.zeros(x.shape, jax.dtypes.float0), visibility)
   return dq_BTNH, join(dk_JBSKH, S), join(dv_JBSKH, S), dparams, no_gradient

@@ -1,0 +1,134 @@
+"""Faults between keys: what each alone allows and together cannot work. Looks at no device."""
+import os
+import re
+from typing import Any, Iterator
+
+from ml_collections import ConfigDict
+
+from jaxlm import config as config_module
+from jaxlm import objectives
+from jaxlm import optim
+from jaxlm.data import plans, sources, store, tokenizers
+from jaxlm.lookup import lookup
+from jaxlm.models import kernels, layers, positions, transformer
+from jaxlm.sharding import MESH_AXES
+from jaxlm.types import JaxlmError
+
+# key -> (the table its value is looked up in, what the table holds)
+NAMED = {
+    'objective.name': (objectives.OBJECTIVES, 'objective'),
+    'optim.name': (optim.OPTIMIZERS, 'optimizer'),
+    'optim.schedule': (optim.SCHEDULES, 'schedule'),
+    'model.attention.kernel': (kernels.KERNELS, 'attention kernel'),
+    'model.mlp.activation': (layers.ACTIVATIONS, 'activation'),
+    'model.positions.kind': (positions.POSITIONS, 'kind of positions'),
+    'model.positions.rope.scaling': (positions.ROPE_SCALINGS, 'rope scaling'),
+    'model.remat': (transformer.REMAT, 'remat policy'),
+    'data.packing': (plans.PLANNERS, 'packing'),
+    'data.source': (sources.SOURCES, 'source'),
+}
+
+
+def faults(config: ConfigDict) -> list[str]:
+  """Everything wrong with a config, one line each; [] if it can be run."""
+  found = config_module.faults(config)
+  return found or list(_names(config)) + list(_model(config)) + list(_training(config)) + list(_data(config))
+
+
+def validate(config: ConfigDict) -> None:
+  """Raises JaxlmError with all faults, a line each, before any device is touched."""
+  found = faults(config)
+  if found:
+    raise JaxlmError('\n'.join(found))
+
+
+def _at(config: ConfigDict, path: str) -> Any:
+  for part in path.split('.'):
+    config = config[part]
+  return config
+
+
+def _names(config: ConfigDict) -> Iterator[str]:
+  for path, (table, kind) in NAMED.items():
+    try:
+      lookup(table, _at(config, path), kind)
+    except JaxlmError as e:
+      yield f'config.{path}: {e}'
+  try:
+    tokenizers.resolve(config.data.tokenizer)
+  except JaxlmError as e:
+    yield f'config.data.tokenizer: {e}'
+
+
+def _model(config: ConfigDict) -> Iterator[str]:
+  model, attention = config.model, config.model.attention
+  if attention.num_heads % attention.num_kv_heads:
+    yield (f'config.model.attention: num_heads={attention.num_heads} does not divide by '
+           f'num_kv_heads={attention.num_kv_heads}; each key head serves a whole group of query heads.')
+  if attention.head_dim == model.width // attention.num_heads and model.width % attention.num_heads:
+    yield (f'config.model.width={model.width} does not divide by attention.num_heads={attention.num_heads}; '
+           'change one, or set attention.head_dim.')
+  if model.positions.kind == 'rope' and attention.head_dim % 2:
+    yield f'config.model.attention.head_dim={attention.head_dim} is odd; rope rotates pairs, so make it even.'
+  if model.positions.kind == 'learned' and config.seq_len > model.max_length:
+    yield (f'config.seq_len={config.seq_len} is longer than config.model.max_length={model.max_length}, '
+           'the learned positions there are; raise that.')
+  if attention.dropout and attention.kernel == 'blockwise':
+    yield ('config.model.attention.dropout: the blockwise kernel cannot drop attention probabilities; '
+           "set it to 0, or attention.kernel='dense'.")
+  rope = model.positions.rope
+  if rope.scaling == 'llama3' and rope.low_freq_factor >= rope.high_freq_factor:
+    yield (f'config.model.positions.rope: low_freq_factor={rope.low_freq_factor} must be below '
+           f'high_freq_factor={rope.high_freq_factor}.')
+  unknown = set(model.remat_names) - set(transformer.REMAT_NAMES)
+  if unknown:
+    yield (f'config.model.remat_names: unknown {", ".join(sorted(map(repr, unknown)))}. '
+           f'Known: {", ".join(transformer.REMAT_NAMES)}.')
+
+
+def _training(config: ConfigDict) -> Iterator[str]:
+  for size in [config.batch_size, *(size for _, size in config.batch_ramp)]:
+    if size % config.accumulation:
+      yield (f'config.batch_size={size} does not divide by config.accumulation={config.accumulation}; '
+             'every microbatch has the same number of examples.')
+  steps = [until for until, _ in config.batch_ramp]
+  if steps != sorted(set(steps)):
+    yield f'config.batch_ramp: steps must rise; got {tuple(steps)}.'
+  if config.optim.warmup_steps > config.optim.total_steps:
+    yield (f'config.optim.warmup_steps={config.optim.warmup_steps} is more than total_steps='
+           f'{config.optim.total_steps}; the rate would never reach its peak.')
+  for path in ('decay_rules', 'lr_rules', 'freeze'):
+    for rule in config.optim[path]:
+      pattern = rule if isinstance(rule, str) else rule[0]
+      try:
+        re.compile(pattern)
+      except re.error as e:
+        yield f'config.optim.{path}: {pattern!r} is not a regular expression: {e}.'
+  if sum(1 for size in config.mesh.values() if size == -1) > 1:
+    yield 'config.mesh: only one axis may be -1; got ' + ', '.join(a for a in MESH_AXES if config.mesh[a] == -1) + '.'
+  for key in ('resume', 'init_from'):
+    path = config.checkpoint[key]
+    if path and not os.path.isdir(path):
+      yield f'config.checkpoint.{key}: no folder {path!r}; give the run directory to start from.'
+  if config.checkpoint.resume and config.checkpoint.init_from:
+    yield 'config.checkpoint: resume and init_from are both set; resume continues a run, init_from only takes its weights.'
+
+
+def _data(config: ConfigDict) -> Iterator[str]:
+  data = config.data
+  entries = store.mixture(data)
+  names = [name for name, *_ in entries]
+  if len(set(names)) != len(names):
+    yield f'config.data.mixture: names must differ; got {", ".join(names)}.'
+  for name, source, _, _ in data.mixture:
+    try:
+      lookup(sources.SOURCES, source, 'source')
+    except JaxlmError as e:
+      yield f'config.data.mixture: {name}: {e}'
+  for first, weights in data.phases:
+    if len(weights) != len(entries):
+      yield (f'config.data.phases: {len(weights)} weights from example {first}, but the mixture has {len(entries)} '
+             'sources; give each one.')
+  firsts = [first for first, _ in data.phases]
+  if firsts != sorted(set(firsts)):
+    yield f'config.data.phases: first examples must rise; got {tuple(firsts)}.'

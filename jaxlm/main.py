@@ -1,0 +1,60 @@
+"""Trains what an experiment describes, or resumes what its run directory holds.
+
+  python -m jaxlm.main --config=experiments/quickstart.py
+  python -m jaxlm.main --config=experiments/gpt2.py:size=nano,smoke --config.optim.lr=3e-4
+
+Exit codes: 0 done, 1 the run failed, 2 something to mend (one line each on stderr), 75 preempted after saving.
+"""
+import os
+
+from absl import flags
+
+from jaxlm import check, programs
+from jaxlm import config as config_module
+from jaxlm.types import JaxlmError
+
+programs.define_config()
+WORKDIR = flags.DEFINE_string('workdir', None, 'Run directory; runs/<experiment> with its arguments by default.')
+ALLOW_CHANGE = flags.DEFINE_list('allow_change', [], 'What a resumed run may change, by commas: model, objective, optim, '
+                                 'tokenizer, data, seed, batch_size, precision, …')
+PRINT_CONFIG = flags.DEFINE_bool('print_config', False, 'Print the resolved config and what differs from the default, '
+                                 'and stop.')
+COORDINATOR = flags.DEFINE_string('coordinator', None, 'host:port of process 0, for a run of several processes.')
+NUM_PROCESSES = flags.DEFINE_integer('num_processes', None, 'How many processes there are.', lower_bound=1)
+PROCESS_ID = flags.DEFINE_integer('process_id', None, 'Which of them this is, from 0.', lower_bound=0)
+
+
+def _join() -> None:
+  """Joins the processes of one run."""
+  given = [COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value]
+  if all(value is None for value in given):
+    return
+  if None in given:
+    raise JaxlmError('--coordinator, --num_processes and --process_id go together; give all three or none.')
+  if PROCESS_ID.value >= NUM_PROCESSES.value:
+    raise JaxlmError(f'--process_id={PROCESS_ID.value} must be below --num_processes={NUM_PROCESSES.value}.')
+  import jax
+  jax.distributed.initialize(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
+
+
+def main(argv: list[str]) -> None:
+  """Runs the config of --config."""
+  del argv
+  config = programs.config()
+  if PRINT_CONFIG.value:
+    print(config_module.dumps(config))
+    for key, (value, default) in config_module.differences(config, config_module.default()).items():
+      print(f'config.{key} = {value!r}  # default {default!r}')
+  check.validate(config)
+  if PRINT_CONFIG.value:
+    return
+  _join()
+  from jaxlm import train  # after joining: nothing may touch a device before
+  last = train.run(config, WORKDIR.value or os.path.join('runs', programs.experiment_name()), ALLOW_CHANGE.value)
+  loss, gzip = (last.get(f'eval/heldout/{name}bits_per_byte') for name in ('', 'gzip_'))
+  if loss is not None:
+    print(f'held-out text: {loss:.3f} bits a byte; gzip -9 needs {gzip:.3f}')
+
+
+if __name__ == '__main__':
+  programs.run(main)

@@ -1,0 +1,137 @@
+"""The run directory: what a run is, kept as data, and whether a config may continue it."""
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+import time
+from importlib import metadata
+from typing import Any, Sequence
+
+import jax
+from ml_collections import ConfigDict
+
+from jaxlm import config as config_module
+from jaxlm.types import JaxlmError
+
+FORMAT = 1
+PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'ml-collections', 'tokenizers', 'numpy')
+
+# What a resumed run may change freely: periods, layout, how and where, but not what is learned from what.
+FREE = (r'steps|optim\.total_steps|\w+_every|tensorboard|on_nonfinite|max_rewinds|accumulation|loss\.chunk',
+        r'(mesh|sharding|eval|checkpoint)\..*', r'data\.(paths|store|workers|prefetch)',
+        r'model\.(remat|remat_names|attention\.kernel|attention\.block)')
+
+
+def group(key: str) -> str:
+  """What `--allow_change` calls a key: its first part, but the tokenizer's by itself."""
+  return 'tokenizer' if key.startswith(('data.tokenizer', 'data.vocab_size')) else key.partition('.')[0]
+
+
+class RunDirectory:
+  """config.json and run.json of one run.
+
+  Attributes:
+    path: absolute.
+    config: the config that was last accepted, or None in a new directory.
+    record: run.json's content, or {}.
+  """
+
+  def __init__(self, path: str):
+    self.path = os.path.abspath(path)
+    self.config, self.record = None, {}
+    if os.path.exists(self._file('config.json')):
+      self.config = config_module.loads(self._read('config.json'))
+      self.record = json.loads(self._read('run.json')) if os.path.exists(self._file('run.json')) else {}
+      if self.record.get('format', FORMAT) != FORMAT:
+        raise JaxlmError(f'{self.path} has format {self.record["format"]}, this version reads {FORMAT}; '
+                         'use the jaxlm that made it.')
+    elif os.path.isdir(self._file('checkpoints')) and os.listdir(self._file('checkpoints')):
+      raise JaxlmError(f'{self.path} has checkpoints but no config.json; put that back, or use another workdir.')
+
+  def _file(self, name: str) -> str:
+    return os.path.join(self.path, name)
+
+  def _read(self, name: str) -> str:
+    try:
+      with open(self._file(name), encoding='utf-8') as f:
+        text = f.read()
+      json.loads(text)
+      return text
+    except ValueError as e:
+      raise JaxlmError(f'{self._file(name)} is not JSON ({e}); put it back, or use another workdir.') from e
+
+  def accept(self, config: ConfigDict, data: dict[str, str], tokenizer: str, allow: Sequence[str]) -> None:
+    """Records that `config` starts or continues this run.
+
+    Args:
+      config: validated.
+      data: digest of each source's token store, by name.
+      tokenizer: its digest.
+      allow: groups of keys that may differ from the run's: model, objective, optim, tokenizer, data, seed, batch_size.
+    Raises:
+      JaxlmError: the directory holds a run that differs in something else; nothing is written.
+    """
+    changes = {}
+    if self.config is not None:
+      changes = config_module.differences(config, self.config)
+      refused = [key for key in changes if not any(re.fullmatch(p, key) for p in FREE) and group(key) not in allow]
+      lines = [f'{self.path} holds a run with config.{key}={changes[key][1]!r}, now {changes[key][0]!r}; go on with '
+               f'--allow_change={group(key)}, set it back, or use another --workdir.' for key in refused]
+      for name, kind in (('data', data), ('tokenizer', tokenizer)):
+        if self.record and self.record.get(f'{name}_digest') != kind and name not in allow and not lines:
+          lines.append(f'{self.path} was trained with other {name} (digest {_short(self.record.get(f"{name}_digest"))}, '
+                       f'now {_short(kind)}); put the old back, go on with --allow_change={name}, or use another '
+                       '--workdir.')
+      if lines:
+        raise JaxlmError('\n'.join(lines))
+    if jax.process_index():
+      return
+    start = {'time': time.strftime('%Y-%m-%dT%H:%M:%S%z'), 'argv': sys.argv, 'devices': [str(d) for d in jax.devices()],
+             'processes': jax.process_count(), 'xla_flags': os.environ.get('XLA_FLAGS', ''),
+             'versions': versions(), 'git_commit': git_commit(),
+             'changes': {key: {'from': before, 'to': after} for key, (after, before) in changes.items()}}
+    self.record = {'format': FORMAT, 'data_digest': data, 'tokenizer_digest': tokenizer,
+                   **{k: start[k] for k in ('versions', 'git_commit', 'argv', 'devices', 'xla_flags')},
+                   'starts': self.record.get('starts', []) + [start]}
+    self.config = config
+    self._write('run.json', json.dumps(self.record, indent=2))
+    self._write('config.json', config_module.dumps(config))
+
+  def _write(self, name: str, text: str) -> None:
+    """Replaces a file at once: a killed process leaves the old one or the new one."""
+    temporary = self._file(f'.{name}.tmp')
+    with open(temporary, 'w', encoding='utf-8') as f:
+      f.write(text + '\n')
+      f.flush()
+      os.fsync(f.fileno())
+    os.replace(temporary, self._file(name))
+
+
+def _short(digest: Any) -> str:
+  if isinstance(digest, dict):
+    return ', '.join(f'{name} {_short(value)}' for name, value in digest.items())
+  return str(digest)[:12]
+
+
+def versions() -> dict[str, str]:
+  """Of Python and the packages that decide what a run computes."""
+  found = {'python': platform.python_version()}
+  for package in PACKAGES:
+    try:
+      found[package] = metadata.version(package)
+    except metadata.PackageNotFoundError:
+      continue
+  return found
+
+
+def git_commit() -> str:
+  """The commit of the code that runs, '+' if it has been changed since; '' outside a repository."""
+  here = os.path.dirname(os.path.abspath(__file__))
+  git = lambda *args: subprocess.run(['git', '-C', here, *args], capture_output=True, text=True, timeout=10, check=True)
+  try:
+    changed = git('status', '--porcelain', '--untracked-files=no').stdout.strip()
+    return git('rev-parse', 'HEAD').stdout.strip() + ('+' if changed else '')
+  except (OSError, subprocess.SubprocessError):
+    return ''

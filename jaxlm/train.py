@@ -1,0 +1,433 @@
+"""Training: a state, a step, and the loop around it."""
+import dataclasses
+import os
+import signal
+import threading
+from typing import Any, Callable, Sequence
+
+import flax.linen as nn
+import jax
+from jax.experimental import multihost_utils
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jaxlm import check, losses, objectives, optim, rundir, sharding, trees
+from jaxlm import config as config_module
+from jaxlm.checkpoint import Checkpoints, lock
+from jaxlm.data import pipeline, plans, store
+from jaxlm.evaluators import Evaluators
+from jaxlm.metrics import Meter, Writer, peak_flops
+from jaxlm.models import cost
+from jaxlm.models.config import freeze
+from jaxlm.models.transformer import Transformer
+from jaxlm.sharding import Layout
+from jaxlm.types import Array, JaxlmError, Preempted, RunFailed, TrainState, Tree
+
+# ---- the state ---------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Shapes:
+  """A state and its frozen parameters as ShapeDtypeStructs with shardings; how both are made, and the optimizer."""
+  state: TrainState
+  frozen: Tree
+  tx: optax.GradientTransformation
+  make: Callable[[Array], tuple[TrainState, Tree]]
+
+  def fresh(self, seed: int) -> tuple[TrainState, Tree]:
+    """The state before the first update, made where it is kept; the same on any mesh."""
+    shardings = jax.tree.map(lambda x: x.sharding, (self.state, self.frozen))
+    return jax.jit(self.make, out_shardings=shardings)(jax.random.key_data(jax.random.key(seed)))
+
+
+def build_model(config: Any, vocab_size: int, visibility: str, layout: Layout) -> Transformer:
+  """The model of a config.
+
+  Args:
+    vocab_size: the tokenizer's, used where the config says 0.
+    visibility: the objective's.
+  """
+  return Transformer(freeze(config_module.resolved(config)['model'], vocab_size=vocab_size, visibility=visibility,
+                            compute_dtype=config.precision.compute, param_dtype=config.precision.params), layout)
+
+
+def init_state(model: Transformer, config: Any) -> Shapes:
+  """Lays out parameters, optimizer state and average on the model's mesh; computes nothing yet.
+
+  Parameters that match `config.optim.freeze` are kept apart: the optimizer never sees them.
+  """
+  layout = model.layout
+  dummy = {'tokens': jnp.zeros((layout.batch_parts, config.seq_len), jnp.int32)}
+  init = lambda rng: model.init(jax.random.wrap_key_data(rng), dummy)['params']
+  key = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0)))
+  boxed = jax.eval_shape(init, key)
+  axes = sharding.logical_axes(boxed)
+  params = nn.meta.unbox(boxed)
+  trainable = lambda path: not any(trees.matches(pattern, path) for pattern in config.optim.freeze)
+  tx = optim.make(config.optim, axes)
+
+  def make(rng):
+    trained, frozen = trees.partition(nn.meta.unbox(init(rng)), trainable)
+    ema = jax.tree.map(jnp.copy, trained) if config.optim.ema_decay else None
+    return TrainState(jnp.zeros((), jnp.int32), trained, tx.init(trained), ema, rng), frozen
+
+  shapes = jax.eval_shape(make, key)
+  placed = sharding.state_shardings(shapes, params, sharding.param_shardings(params, axes, layout), layout)
+  state, frozen = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, placed)
+  return Shapes(state, frozen, tx, make)
+
+
+def whole(state: TrainState, frozen: Tree) -> TrainState:
+  """The state with frozen parameters put back, as checkpoints hold it."""
+  if not frozen:
+    return state
+  return state.replace(params=trees.combine(frozen, state.params),
+                       ema=None if state.ema is None else trees.combine(frozen, state.ema))
+
+
+def split(state: TrainState, frozen: Tree) -> tuple[TrainState, Tree]:
+  """The inverse of `whole`, for the same frozen paths."""
+  if not frozen:
+    return state, frozen
+  paths = trees.flatten(frozen)
+  frozen, params = trees.partition(state.params, paths.__contains__)
+  ema = None if state.ema is None else trees.partition(state.ema, paths.__contains__)[1]
+  return state.replace(params=params, ema=ema), frozen
+
+
+# ---- the step ----------------------------------------------------------------------------------------------------
+
+LossFn = Callable[[Tree, dict[str, Array], Array | None], tuple[Array, losses.Sums]]
+
+
+def make_step(loss_fn: LossFn, shapes: Shapes, config: Any):
+  """Returns `step(state, frozen, batch) -> (state, metrics)`, compiled, its state donated.
+
+  An update whose loss or gradient is not finite is left out, `metrics['finite']` says so; the step still counts.
+
+  Args:
+    loss_fn: (all parameters, batch, rng) -> (sum of losses, sums and counts); the sum is divided by the count of
+      'objective' over the whole batch.
+    shapes: from `init_state`.
+    config: accumulation, optim.
+  """
+  rate, shardings = optim.schedule(config.optim), jax.tree.map(lambda x: x.sharding, shapes.state)
+
+  def gradients(params, frozen, batch, rng):
+    loss = lambda params, batch: loss_fn(trees.combine(frozen, params) if frozen else params, batch, rng)
+    (_, sums), grads = jax.value_and_grad(loss, has_aux=True)(params, batch)
+    return jax.lax.with_sharding_constraint(grads, shardings.params), sums
+
+  def accumulated(params, frozen, batch, rng):
+    if config.accumulation == 1:
+      return gradients(params, frozen, batch, rng)
+    # Strided: contiguous microbatches of a batch split over devices would be gathered.
+    cut = lambda x: jnp.swapaxes(x.reshape(-1, config.accumulation, *x.shape[1:]), 0, 1)
+    one = lambda _, micro: (None, gradients(params, frozen, micro, rng))
+    add = lambda total, micro: (jax.tree.map(jnp.add, total, one(None, micro)[1]), None)
+    micros = jax.tree.map(cut, batch)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32),
+                         jax.eval_shape(lambda m: one(None, m)[1], jax.tree.map(lambda x: x[0], micros)))
+    return jax.lax.scan(add, zeros, micros)[0]
+
+  def step(state: TrainState, frozen: Tree, batch: dict[str, Array]) -> tuple[TrainState, dict[str, Array]]:
+    rng = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
+    grads, sums = accumulated(state.params, frozen, batch, rng)
+    count = jnp.maximum(sums['objective'][1], 1)
+    grads = jax.tree.map(lambda g, p: (g / count).astype(p.dtype), grads, state.params)
+    norm = optax.global_norm(grads)
+    finite = jnp.isfinite(norm) & jnp.isfinite(sums['objective'][0])
+    updates, opt_state = shapes.tx.update(grads, state.opt_state, state.params)
+    new = state.replace(params=optax.apply_updates(state.params, updates), opt_state=opt_state)
+    if state.ema is not None:
+      average = lambda mean, p: (mean + (1 - config.optim.ema_decay) * (p.astype(mean.dtype) - mean)).astype(mean.dtype)
+      new = new.replace(ema=jax.tree.map(average, state.ema, new.params))
+    new = jax.tree.map(lambda after, before: jnp.where(finite, after, before), new, state)
+    metrics = {f'train/{name}': total / jnp.maximum(n, 1) for name, (total, n) in sums.items()}
+    metrics |= {'train/grad_norm': norm, 'train/lr': rate(state.step), 'finite': finite, 'targets': sums['loss'][1]}
+    return new.replace(step=state.step + 1), metrics
+
+  return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None),
+                 compiler_options=sharding.compiler_options(jax.devices()[0].platform))
+
+
+# ---- the loop ----------------------------------------------------------------------------------------------------
+
+
+def due(step: int, every: int) -> bool:
+  return every > 0 and step % every == 0
+
+
+class Signals:
+  """SIGTERM and Ctrl-C ask for a stop after this step; a second Ctrl-C stops at once."""
+
+  def __init__(self):
+    self.received: str | None = None
+
+  def __enter__(self):
+    self.before = {}
+    if threading.current_thread() is threading.main_thread():
+      self.before = {s: signal.signal(s, self._note) for s in (signal.SIGTERM, signal.SIGINT)}
+    return self
+
+  def _note(self, number, frame):
+    del frame
+    if number == signal.SIGINT and self.received:
+      raise KeyboardInterrupt
+    self.received = signal.Signals(number).name
+
+  def stop(self) -> bool:
+    """Whether to stop; all processes of a run give the same answer."""
+    if jax.process_count() == 1:
+      return self.received is not None
+    return bool(multihost_utils.process_allgather(np.asarray(self.received is not None)).any())
+
+  def __exit__(self, *_):
+    for number, handler in self.before.items():
+      signal.signal(number, handler)
+
+
+@dataclasses.dataclass
+class Position:
+  """Where a run is, counted on the host: the `data` of a checkpoint.
+
+  Attributes:
+    examples: consumed; skipped ones do not count.
+    tokens: targets learned from.
+    seconds: spent training, evaluation and sampling aside.
+    rewinds: how often the run went back.
+    skips: ranges of the stream that are passed over, [first, end) each.
+  """
+  examples: int = 0
+  tokens: int = 0
+  seconds: float = 0.0
+  rewinds: int = 0
+  skips: list[list[int]] = dataclasses.field(default_factory=list)
+
+
+@dataclasses.dataclass
+class Told:
+  """A step: its number, its examples [first, end), and its metrics; as text, what was wrong with it."""
+  step: int
+  examples: tuple[int, int]
+  metrics: dict[str, Any]
+
+  def __str__(self) -> str:
+    loss, norm = (self.metrics[f'train/{name}'] for name in ('loss', 'grad_norm'))
+    return (f'Step {self.step} is not finite: loss {loss}, gradient norm {norm}, on examples {self.examples[0]} to '
+            f'{self.examples[1] - 1}')
+
+
+class Run:
+  """One run: the parts that the loop puts together."""
+
+  def __init__(self, config: Any, workdir: str, prepared: store.Prepared):
+    self.config, self.tokenizer, self.stores = config, prepared.tokenizer, prepared.stores
+    self.layout = Layout(sharding.make_mesh(config.mesh), tuple(config.sharding.rules))
+    vocab = self.tokenizer.vocab
+    self.objective = objectives.make(config, vocab)
+    self.model = build_model(config, vocab.size, self.objective.visibility, self.layout)
+    self.stream = plans.Stream(config, self.stores, self.objective, vocab)
+    sizes = {config.batch_size, *(size for _, size in config.batch_ramp)}
+    for size in sizes:
+      self.layout.batch((size // config.accumulation, config.seq_len))  # says what does not divide, before any work
+    self.shapes = init_state(self.model, config)
+    vocabulary = losses.vocabulary_of(self.model, config.loss)
+    loss_fn = lambda params, batch, rng: losses.lm_loss(self.model, vocabulary, params, batch, rng)
+    self.step_fn = make_step(loss_fn, self.shapes, config)
+    self.evaluators = Evaluators(config, self.model, self.stores, self.objective, self.tokenizer)
+    keep = {key: config.checkpoint[key] for key in ('keep_latest', 'keep_every', 'keep_best', 'best_metric')}
+    self.checkpoints = Checkpoints(os.path.join(workdir, 'checkpoints'), **keep)
+    self.rows = {size: self.layout.host_rows((size, config.seq_len)) for size in sizes}
+
+  def start(self) -> tuple[int, TrainState, Tree, Position]:
+    """(updates done, state, frozen parameters, position): this run's, or resumed, or initialised from, or fresh."""
+    config, target = self.config, whole(self.shapes.state, self.shapes.frozen)
+    found = self.checkpoints.restore(target)
+    if found is None and config.checkpoint.resume:
+      found = _other(config.checkpoint.resume).restore(target)
+      if found is None:
+        raise JaxlmError(f'config.checkpoint.resume: {config.checkpoint.resume} has no valid checkpoint to continue from.')
+    if found is not None:
+      step, state, data = found
+      return step, *split(state, self.shapes.frozen), Position(**data)
+    state, frozen = self.shapes.fresh(config.seed)
+    if config.checkpoint.init_from:
+      given = _other(config.checkpoint.init_from).restore_params(target.params)
+      if given is None:
+        raise JaxlmError(f'config.checkpoint.init_from: {config.checkpoint.init_from} has no valid checkpoint to take '
+                         'weights from.')
+      loaded = whole(state, frozen).replace(params=given[1])
+      if state.ema is not None:
+        loaded = loaded.replace(ema=jax.tree.map(jnp.copy, given[1]))
+      state, frozen = split(loaded, self.shapes.frozen)
+    return 0, state, frozen, Position()
+
+  def rewind(self, bad: Told, position: Position) -> tuple[int, TrainState, Tree, Position]:
+    """As `start`, from the newest checkpoint, with the examples from there to the bad batch's end passed over."""
+    if position.rewinds == self.config.max_rewinds:
+      raise RunFailed(f'{bad}; this would be rewind {position.rewinds + 1}, config.max_rewinds={position.rewinds}.')
+    step, state, frozen, back = self.start()
+    first, last = pipeline.stream_indices(np.array([back.examples, bad.examples[1] - 1]), position.skips)
+    back.skips = [*position.skips, [int(first), int(last) + 1]]
+    back.rewinds = position.rewinds + 1
+    return step, state, frozen, back
+
+  def batches(self, step: int, position: Position) -> tuple[pipeline.BatchSizes, pipeline.Batches]:
+    """(sizes of the batches from here on, this process's rows of each)."""
+    sizes = pipeline.BatchSizes.of(self.config, step, position.examples)
+    return sizes, pipeline.Batches(self.config, self.stream, self.rows.__getitem__, sizes)
+
+  def place(self, batch: dict[str, np.ndarray], size: int) -> dict[str, Array]:
+    """This process's rows as parts of global arrays of `size` rows."""
+    return self.layout.place(batch, size, self.rows[size][0])
+
+
+def _other(workdir: str) -> Checkpoints:
+  return Checkpoints(os.path.join(workdir, 'checkpoints'), read_only=True)
+
+
+class Journal:
+  """What a run tells of itself, a step late: a step's metrics are read while the next one runs.
+
+  Attributes:
+    last: the latest value of every metric.
+  """
+
+  def __init__(self, workdir: str, parts: Run, step: int, position: Position):
+    config = parts.config
+    self.config, self.evaluators = config, parts.evaluators
+    self.writer = Writer(workdir, step, config.steps, config.tensorboard)
+    self.last: dict[str, Any] = {}
+    self._pending: Told | None = None
+    flops = cost.flops_per_token(parts.model.config, config.seq_len)
+    peak, source = peak_flops(jax.devices(), config.precision.compute)
+    self.meter = Meter(flops, peak, position.seconds, position.tokens)
+    if step == config.steps:
+      self.writer.say(f'{workdir} has done all of its {step} steps; raise config.steps to go on.')
+      return
+    told = 'from the start' if step == 0 else f'from step {step}'
+    self.writer.say(f'{workdir}: {trees.count(parts.shapes.state.params):,} parameters to train, '
+                    f'{trees.count(parts.shapes.frozen):,} frozen, {config.steps} steps {told}; '
+                    f'peak {peak / 1e12:.3g} TFLOP/s ({source})')
+
+  def note(self, step: int, examples: tuple[int, int], metrics: dict[str, Array]) -> None:
+    """Keeps what a step just started will have measured."""
+    self._pending = Told(step, examples, metrics)
+
+  def tell(self, position: Position) -> Told | None:
+    """Writes what is kept, and counts it into `position`; returns it if it was not finite."""
+    told, self._pending = self._pending, None
+    if told is None:
+      return None
+    told.metrics = {name: float(value) for name, value in jax.device_get(told.metrics).items()}
+    position.tokens += round(told.metrics.pop('targets'))
+    position.seconds = self.meter.seconds()
+    bad = not told.metrics.pop('finite')
+    if bad:
+      action = {'nonfinite/action': self.config.on_nonfinite, 'nonfinite/first_example': told.examples[0],
+                'nonfinite/end_example': told.examples[1]}
+      self._write(told.step, told.examples[1], position, action)
+      self.writer.say(f'{told}; {self.config.on_nonfinite}.')
+    if bad or due(told.step, self.config.log_every) or told.step in (1, self.config.steps):
+      speed = self.meter.read(position.tokens)
+      self._write(told.step, told.examples[1], position, {**told.metrics, **speed})
+    self.writer.advance(told.step)
+    return told if bad else None
+
+  def measure(self, step: int, position: Position, state: TrainState, frozen: Tree) -> None:
+    """Evaluates and samples; not part of the training time."""
+    with self.meter.paused():
+      params = state.params if state.ema is None else state.ema
+      params = trees.combine(frozen, params) if frozen else params
+      self._write(step, position.examples, position, self.evaluators.measure(params))
+      for prompt, text in self.evaluators.samples(params, step):
+        self.writer.sample(step, prompt, text)
+
+  def back(self, step: int, position: Position) -> None:
+    """After a rewind."""
+    self._pending = None
+    self.meter.restart(position.seconds, position.tokens)
+    self.writer.say(f'rewound to step {step}; the stream goes on after example {position.skips[-1][1] - 1}.')
+    self._write(step, position.examples, position, {'skips': position.skips[-1:]})
+    self.writer.advance(step)
+
+  def _write(self, step: int, examples: int, position: Position, metrics: dict[str, Any]) -> None:
+    self.last.update(metrics)
+    self.writer.write(step, dict(examples=examples, tokens=position.tokens, time_s=round(position.seconds, 3), **metrics))
+
+  def close(self) -> None:
+    self.writer.close()
+
+
+def run(config: Any, workdir: str, allow_change: Sequence[str] = ()) -> dict[str, Any]:
+  """Trains `config` in `workdir`, or resumes what that holds; what `python -m jaxlm.main` does.
+
+  Args:
+    config: from an experiment's `get_config`.
+    workdir: the run directory; made if it is not there.
+    allow_change: groups of keys in which a resumed run may differ.
+  Returns:
+    The last metrics, by name.
+  Raises:
+    JaxlmError: something the user can mend; nothing saved is harmed.
+    RunFailed: the run itself failed.
+    Preempted: it was asked to stop, and saved.
+  """
+  check.validate(config)
+  with lock(workdir), Signals() as signals:
+    directory = rundir.RunDirectory(workdir)
+    prepared = store.prepare(config)
+    parts = Run(config, directory.path, prepared)
+    directory.accept(config, {s.name: s.key for s in prepared.stores}, prepared.tokenizer.digest, allow_change)
+    if jax.process_index() == 0:
+      prepared.tokenizer.save(os.path.join(directory.path, 'tokenizer'))
+    with parts.checkpoints:
+      return train(parts, directory.path, signals)
+
+
+def train(parts: Run, workdir: str, signals: Signals) -> dict[str, Any]:
+  """The loop."""
+  config, checkpoints = parts.config, parts.checkpoints
+  step, state, frozen, position = parts.start()
+  journal = Journal(workdir, parts, step, position)
+  sizes, batches = parts.batches(step, position)
+
+  def save():
+    checkpoints.save(step, whole(state, frozen), dataclasses.asdict(position), journal.last)
+
+  try:
+    while step < config.steps:
+      first, size = position.examples, sizes(position.examples)
+      batch = parts.place(batches.at(first, size, position.skips), size)
+      state, metrics = parts.step_fn(state, frozen, batch)
+      step, position.examples = step + 1, first + size
+      stop = signals.stop()
+      bad = journal.tell(position)  # of the step before, while this one runs
+      journal.note(step, (first, first + size), metrics)
+      ending = stop or step == config.steps
+      if not bad and (ending or due(step, config.eval_every) or due(step, config.save_every)):
+        bad = journal.tell(position)
+      if bad and config.on_nonfinite == 'stop':
+        raise RunFailed(f'{bad}; the last checkpoint is step {checkpoints.latest_valid()}. Lower the rate, or set '
+                        "config.on_nonfinite to 'skip' or 'rewind'.")
+      if bad and config.on_nonfinite == 'rewind':
+        step, state, frozen, position = parts.rewind(bad, position)
+        journal.back(step, position)
+        batches.close()
+        sizes, batches = parts.batches(step, position)
+        continue
+      if due(step, config.eval_every) or step == config.steps:
+        journal.measure(step, position, state, frozen)
+      if due(step, config.save_every) or ending:
+        save()
+      if stop and step < config.steps:
+        checkpoints.wait()
+        raise Preempted(f'{signals.received or "another process"} at step {step}; saved in {workdir}. Run the same '
+                        'command to go on.')
+    checkpoints.wait()
+  finally:
+    batches.close()
+    journal.close()
+  return journal.last
