@@ -1,4 +1,7 @@
 """GPT-2 (Radford et al. 2019): sizes as published, and the names of its weights at Hugging Face."""
+from typing import Any, Mapping
+
+from jaxlm.families import keys
 
 VOCAB_SIZE = 50257  # of its tokenizer
 
@@ -27,3 +30,68 @@ SIZES = {
     '774m': shape(1280, 36, 20),
     '1.5b': shape(1600, 48, 25),
 }
+
+# ---- Hugging Face ------------------------------------------------------------------------------------------------
+
+MODEL_TYPE = 'gpt2'
+ARCHITECTURES = {'GPT2LMHeadModel': True, 'GPT2Model': False}  # whether the model has its output layer
+PREFIX = 'transformer.'                                       # which a body's names leave out
+TIED = {'lm_head.weight': 'transformer.wte.weight'}           # what a file may hold twice where embeddings are tied
+BUFFERS = r'(transformer\.)?h\.\d+\.attn\.(bias|masked_bias)'   # causal masks that old files hold
+
+TEMPLATES = (
+    ('embed/embedding', 'transformer.wte.weight', 'v d -> v d'),
+    ('position_embed/embedding', 'transformer.wpe.weight', 'p d -> p d'),
+    ('stack/layer_{layer}/attention_norm/scale', 'transformer.h.{layer}.ln_1.weight', 'd -> d'),
+    ('stack/layer_{layer}/attention_norm/bias', 'transformer.h.{layer}.ln_1.bias', 'd -> d'),
+    (('stack/layer_{layer}/attention/query/kernel', 'stack/layer_{layer}/attention/key/kernel',
+      'stack/layer_{layer}/attention/value/kernel'),
+     'transformer.h.{layer}.attn.c_attn.weight', 'd (n h | k h | k h) -> d n h, d k h, d k h'),
+    (('stack/layer_{layer}/attention/query/bias', 'stack/layer_{layer}/attention/key/bias',
+      'stack/layer_{layer}/attention/value/bias'),
+     'transformer.h.{layer}.attn.c_attn.bias', '(n h | k h | k h) -> n h, k h, k h'),
+    ('stack/layer_{layer}/attention/out/kernel', 'transformer.h.{layer}.attn.c_proj.weight', '(n h) d -> n h d'),
+    ('stack/layer_{layer}/attention/out/bias', 'transformer.h.{layer}.attn.c_proj.bias', 'd -> d'),
+    ('stack/layer_{layer}/mlp_norm/scale', 'transformer.h.{layer}.ln_2.weight', 'd -> d'),
+    ('stack/layer_{layer}/mlp_norm/bias', 'transformer.h.{layer}.ln_2.bias', 'd -> d'),
+    ('stack/layer_{layer}/mlp/up/kernel', 'transformer.h.{layer}.mlp.c_fc.weight', 'd f -> d f'),
+    ('stack/layer_{layer}/mlp/up/bias', 'transformer.h.{layer}.mlp.c_fc.bias', 'f -> f'),
+    ('stack/layer_{layer}/mlp/down/kernel', 'transformer.h.{layer}.mlp.c_proj.weight', 'f d -> f d'),
+    ('stack/layer_{layer}/mlp/down/bias', 'transformer.h.{layer}.mlp.c_proj.bias', 'd -> d'),
+    ('final_norm/scale', 'transformer.ln_f.weight', 'd -> d'),
+    ('final_norm/bias', 'transformer.ln_f.bias', 'd -> d'),
+    ('head', 'lm_head.weight', 'v d -> v d'),
+)
+
+KEYS = dict(
+    vocab_size=(int, 50257), n_positions=(int, 1024), n_embd=(int, 768), n_layer=(int, 12), n_head=(int, 12),
+    n_inner=(int, None), activation_function=(str, 'gelu_new'), layer_norm_epsilon=(float, 1e-5),
+    scale_attn_weights=(bool, True), tie_word_embeddings=(bool, True))
+FIXED = dict(scale_attn_by_inverse_layer_idx=False, add_cross_attention=False)
+HARMLESS = r'n_ctx|summary_.*|reorder_and_upcast_attn'  # the last: in which order float32 is multiplied
+
+
+def from_hf(given: Mapping[str, Any]) -> dict[str, Any]:
+  """Overrides of config.model for a config.json. Dropout rates are a choice of training, and not read."""
+  hf = keys.read(given, KEYS, FIXED, HARMLESS)
+  width, num_heads = hf['n_embd'], hf['n_head']
+  return BASE | dict(
+      width=width, num_layers=hf['n_layer'], vocab_size=hf['vocab_size'], max_length=hf['n_positions'],
+      tie_embeddings=hf['tie_word_embeddings'],
+      attention=BASE['attention'] | dict(num_heads=num_heads, num_kv_heads=num_heads,
+                                         head_dim=keys.heads('n_embd', width, 'n_head', num_heads),
+                                         scale=0.0 if hf['scale_attn_weights'] else 1.0),
+      mlp=BASE['mlp'] | dict(width=hf['n_inner'] or 4 * width,
+                             activation=keys.activation('activation_function', hf['activation_function'])),
+      norm=BASE['norm'] | dict(eps=hf['layer_norm_epsilon']))
+
+
+def to_hf(model: Any) -> dict[str, Any]:
+  """The config.json of a ModelConfig."""
+  return dict(
+      model_type=MODEL_TYPE, vocab_size=model.vocab_size, n_positions=model.max_length, n_embd=model.width,
+      n_layer=model.num_layers, n_head=model.attention.num_heads, n_inner=model.mlp.width,
+      activation_function=keys.their_activation(model.mlp.activation), layer_norm_epsilon=model.norm.eps,
+      scale_attn_weights=model.attention.scale != 1.0, tie_word_embeddings=model.tie_embeddings,
+      initializer_range=model.init.std, resid_pdrop=model.dropout, embd_pdrop=model.dropout,
+      attn_pdrop=model.attention.dropout)

@@ -77,7 +77,10 @@ def activation(key: str, name: str) -> str:
 
 def their_activation(name: str) -> str:
   """Their name of our activation."""
-  return next(theirs for theirs, ours in ACTIVATIONS.items() if ours == name)
+  for theirs, ours in ACTIVATIONS.items():
+    if ours == name:
+      return theirs
+  raise JaxlmError(f'Activation {name!r} has no name there; {", ".join(sorted(set(ACTIVATIONS.values())))} have.')
 
 
 def heads(width_key: str, width: int, heads_key: str, num_heads: int) -> int:
@@ -88,6 +91,9 @@ def heads(width_key: str, width: int, heads_key: str, num_heads: int) -> int:
 
 
 # ---- rotary positions --------------------------------------------------------------------------------------------
+
+# Keys of a config.json that `rope` reads.
+ROPE = r'rope_(parameters|scaling|theta)|partial_rotary_factor|original_max_position_embeddings'
 
 # What each rope_type reads beside rope_theta: {their key: (kind, default)}; ours has the same names but for these.
 RENAMED = {'original_max_position_embeddings': 'original_length'}
@@ -129,8 +135,10 @@ def rope(given: Mapping[str, Any], max_length: int) -> dict[str, Any]:
     value = theirs.pop(key, None)
     value = check(f'rope_parameters.{key}', default if value is None else value, sort)
     ours[RENAMED.get(key, key)] = float(value) if sort is float else value
+  if kind == 'default':  # which reads no numbers of a scaling, though a file may hold them
+    theirs = {key: value for key, value in theirs.items() if type(value) not in (int, float)}
   left = [key for key, value in theirs.items() if value is not None]
-  if left and kind != 'default':
+  if left:
     raise JaxlmError(f'config.json: rope_type {kind!r} with {left[0]}={theirs[left[0]]!r} is not understood.')
   return ours
 
