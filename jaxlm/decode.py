@@ -70,8 +70,11 @@ def unrolled(model: Transformer, params: Tree) -> tuple[Transformer, Tree]:
   # One token has no length to split.
   rules = tuple((logical, None if logical == 'act_length' else axes) for logical, axes in model.layout.rules)
   if model.config.scan:
-    params = jax.jit(lambda tree: unstack(tree, config))(params)
+    params = _unstack(params, config)
   return Transformer(config, dataclasses.replace(model.layout, rules=rules)), params
+
+
+_unstack = jax.jit(unstack, static_argnames='config')
 
 
 def check_tokens(tokens: np.ndarray, vocab_size: int, what: str) -> None:
@@ -113,8 +116,7 @@ def pad(model: Transformer, sequences: Sequence[Ids], rows: Sequence[int] | None
     sequences: ids, one sequence at least.
     rows: their numbers; None: 0, 1, ….
   """
-  every = model.layout.mesh.size
-  parts = every // model.layout.sharding(('act_batch',), (every,)).shard_shape((every,))[0]
+  parts = model.layout.batch_parts
   B, T = parts * bucket(-(-len(sequences) // parts), 1), bucket(max(map(len, sequences)))
   tokens_BT, lengths_B, rows_B = np.zeros((B, T), np.int32), np.zeros(B, np.int32), np.zeros(B, np.int32)
   rows_B[:len(sequences)] = range(len(sequences)) if rows is None else rows

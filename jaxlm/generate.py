@@ -1,0 +1,58 @@
+"""Continues text with a trained model.
+
+  python -m jaxlm.generate --model=runs/quickstart --prompt="def "
+  python -m jaxlm.generate --model=runs/quickstart --prompt="def " --prompt="class " --temperature=0.8 --top_p=0.95
+
+Prints each prompt with its continuation; several are separated by a line of dashes.
+"""
+from absl import flags
+
+from jaxlm import lm, programs
+from jaxlm.types import JaxlmError
+
+_MODEL = flags.DEFINE_string('model', None, 'A run directory, or a Hugging Face folder.')
+_PROMPT = flags.DEFINE_multi_string('prompt', [], 'Text to continue; may be given several times.')
+_PROMPT_FILE = flags.DEFINE_multi_string('prompt_file', [], 'A file whose whole text is a prompt; may be repeated.')
+_MAX_NEW_TOKENS = flags.DEFINE_integer('max_new_tokens', 64, 'Length of a continuation in tokens, at most.')
+_TEMPERATURE = flags.DEFINE_float('temperature', 0.0, 'Logits are divided by it before drawing; 0: the likeliest token.')
+_TOP_K = flags.DEFINE_integer('top_k', 0, 'Draw among so many likeliest tokens; 0: all.')
+_TOP_P = flags.DEFINE_float('top_p', 1.0, 'Draw among the fewest tokens that reach this probability; 1: all.')
+_REPETITION_PENALTY = flags.DEFINE_float('repetition_penalty', 1.0, 'Above 1 makes what was said less likely; 1: none.')
+_SEED = flags.DEFINE_integer('seed', 0, 'Of the draws.')
+_NUM_BEAMS = flags.DEFINE_integer('num_beams', 1, 'Above 1: beam search with so many beams.')
+_LENGTH_PENALTY = flags.DEFINE_float('length_penalty', 1.0, 'Of beams: log-probability / length ** this; 0: none.')
+_STOP = flags.DEFINE_multi_string('stop', [], 'Text that ends a continuation, and is left out; may be repeated.')
+_DTYPE = flags.DEFINE_enum('dtype', None, ['float32', 'bfloat16'], 'Of parameters and computing; default: the run\'s.')
+
+SEPARATOR = '-' * 40
+
+
+def main(argv: list[str]) -> None:
+  """Prints what the flags ask for."""
+  del argv
+  if not _MODEL.value:
+    raise JaxlmError('--model is missing; give a run directory or a Hugging Face folder.')
+  prompts = list(_PROMPT.value) + [_read(file) for file in _PROMPT_FILE.value]
+  if not prompts:
+    raise JaxlmError('There is nothing to continue; give --prompt=TEXT or --prompt_file=FILE (--prompt= begins a text).')
+  model = lm.load(_MODEL.value, dtype=_DTYPE.value)
+  continuations = model.generate(
+      prompts, max_new_tokens=_MAX_NEW_TOKENS.value, temperature=_TEMPERATURE.value, top_k=_TOP_K.value,
+      top_p=_TOP_P.value, repetition_penalty=_REPETITION_PENALTY.value, seed=_SEED.value, stop=_STOP.value,
+      num_beams=_NUM_BEAMS.value, length_penalty=_LENGTH_PENALTY.value)
+  for number, (prompt, continuation) in enumerate(zip(prompts, continuations)):
+    if number:
+      print(SEPARATOR)
+    print(prompt + continuation)
+
+
+def _read(file: str) -> str:
+  try:
+    with open(file, encoding='utf-8') as f:
+      return f.read()
+  except (OSError, UnicodeDecodeError) as e:
+    raise JaxlmError(f'--prompt_file={file} cannot be read as UTF-8 text: {getattr(e, "strerror", None) or e}.') from e
+
+
+if __name__ == '__main__':
+  programs.run(main)

@@ -1,0 +1,394 @@
+"""A loaded model: logits, hidden states, continuations, scores, embeddings."""
+import dataclasses
+import functools
+import json
+import os
+from typing import Any, Iterator, Mapping, Sequence
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxlm import config as config_module
+from jaxlm import decode, hf, losses, objectives, sharding
+from jaxlm.checkpoint import Checkpoints
+from jaxlm.data import tokenizers
+from jaxlm.models.config import freeze
+from jaxlm.models.transformer import Transformer
+from jaxlm.rundir import RunDirectory
+from jaxlm.sampling import Sampling, bucket
+from jaxlm.sharding import Layout
+from jaxlm.types import Array, JaxlmError, Tree
+
+Text = str | Sequence[int]  # text, or its ids
+
+SCORED = 2048  # positions whose logits exist at once while scoring: 0.4 GB at 50,000 pieces
+
+
+class LM:
+  """A model with its parameters and tokenizer.
+
+  Attributes:
+    config: the run's.
+    model: unrolled, as it decodes.
+    params: unstacked, on the mesh.
+    tokenizer: or None; then all text is given and taken as ids.
+    layout: mesh and rules; `mesh` alone is offered, too.
+    start: ids that every text begins with, as in training: the beginning-of-text token, or nothing.
+    eos: ids that end a text.
+  """
+
+  def __init__(self, config: Any, model: Transformer, params: Tree, tokenizer: tokenizers.Tokenizer | None,
+               layout: Layout | None = None, eos: Sequence[int] | None = None, headed: bool = True):
+    """Args:
+      model: scanned or not.
+      params: the model's.
+      layout: where computing happens; None: where the model's does.
+      eos: None: the tokenizer's.
+      headed: False: a body without an output layer, good for `hidden` and `embed` alone.
+    """
+    if layout is not None:
+      model = Transformer(model.config, layout)
+    self.config, self.tokenizer, self._headed = config, tokenizer, headed
+    self.model, self.params = decode.unrolled(model, params)
+    self.layout, self.mesh = self.model.layout, self.model.layout.mesh
+    vocab = tokenizers.Vocab(0) if tokenizer is None else tokenizer.vocab
+    self.start = [vocab.bos] if config.data.bos and vocab.bos is not None else []
+    self.eos = tuple(eos) if eos is not None else () if vocab.eos is None else (vocab.eos,)
+
+  # ---- arrays ----------------------------------------------------------------------------------------------------
+
+  def logits(self, tokens_BT: Any, mask: Any = None) -> Array:
+    """float32 [B, T, vocab_size]: scores of the next token (of this one, where both sides are seen).
+
+    Args:
+      tokens_BT: ids; nothing is added.
+      mask: [B, T], 1 or True: a real token; 0: padding, which nobody sees, wherever it stands. None: all are real.
+    Raises:
+      JaxlmError: an id outside the vocabulary, a shape that is none, more tokens than learned positions.
+    """
+    self._needs_head('logits')
+    return self._forward(tokens_BT, mask, True)
+
+  def hidden(self, tokens_BT: Any, mask: Any = None) -> Array:
+    """[B, T, D] after the final norm, in the compute dtype; the arguments of `logits`."""
+    return self._forward(tokens_BT, mask, False)
+
+  def _forward(self, tokens: Any, mask: Any, with_logits: bool) -> Array:
+    tokens_BT, real_BT = self._rows(tokens, mask)
+    B, T = tokens_BT.shape
+    # Few sizes, so that a loop over texts of any length compiles a few programs.
+    rows, length = -B % self.layout.batch_parts, bucket(T) - T
+    grow = lambda x: np.pad(x, ((0, rows), (0, length)))
+    return _outputs(self.model, self.params, grow(tokens_BT), grow(real_BT), with_logits)[:B, :T]
+
+  def _rows(self, tokens: Any, mask: Any) -> tuple[np.ndarray, np.ndarray]:
+    """(ids, which are real), int32 and bool [B, T], checked."""
+    try:
+      tokens_BT = np.asarray(tokens)
+    except ValueError:
+      tokens_BT = np.zeros(0)  # lists of unequal length
+    if tokens_BT.ndim != 2 or not tokens_BT.size:
+      raise JaxlmError('tokens_BT must be ids in rows of one length, [B, T], and not empty; got '
+                       f'{_described(tokens)}. Fill shorter rows up with any id, and give mask=0 there.')
+    real_BT = np.ones(tokens_BT.shape, bool) if mask is None else np.asarray(mask).astype(bool)
+    if real_BT.shape != tokens_BT.shape:
+      raise JaxlmError(f'mask must have the shape of tokens_BT, {tokens_BT.shape}; got {real_BT.shape}.')
+    decode.check_tokens(tokens_BT, self.model.config.vocab_size, 'tokens_BT')
+    decode.check_length(self.model, int(real_BT.sum(1).max()), 'The longest row', 'Give shorter rows.')
+    return tokens_BT.astype(np.int32), real_BT
+
+  # ---- text ------------------------------------------------------------------------------------------------------
+
+  def generate(self, prompts: Any, max_new_tokens: int = 64, temperature: float = 0.0, top_k: int = 0,
+               top_p: float = 1.0, repetition_penalty: float = 1.0, seed: int = 0, stop: str | Sequence[str] = (),
+               num_beams: int = 1, length_penalty: float = 1.0, batch_size: int = 32) -> Any:
+    """Continues texts, and returns the continuations alone.
+
+    Args:
+      prompts: a text, texts, ids, or lists of ids; what comes back is of the same kind. Text begins as documents did
+        in training; ids are taken as they are.
+      max_new_tokens: at most.
+      temperature, top_k, top_p, repetition_penalty, seed, num_beams, length_penalty: as in `sampling.Sampling`.
+      stop: texts that end a continuation. In text they are cut off, with what follows; ids end with the token that
+        completes one, as they end with the end token.
+      batch_size: prompts continued at once.
+    """
+    self._needs_head('generate')
+    sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, repetition_penalty=repetition_penalty,
+                        seed=seed, num_beams=num_beams, length_penalty=length_penalty)
+    stops = _stops(stop)
+    single, prompts = _listed(prompts)
+    ids = [self._ids(prompt) for prompt in prompts]
+    for row, (prompt, found) in enumerate(zip(prompts, ids)):
+      if isinstance(prompt, str) and not found:
+        raise JaxlmError(f'Prompt {row} is empty, and this model has no token that begins a text; give some text.')
+    if stops:
+      self._needs_tokenizer('stop')
+    told = lambda new: any(text in self.tokenizer.decode(new) for text in stops)
+    outputs = decode.generate(self.model, self.params, ids, max_new_tokens, sampling, self.eos,
+                              told if stops else None, batch_size)
+    outputs = [self._text(prompt_ids, new, stops) if isinstance(prompt, str) else self._cut(new, told) if stops else new
+               for prompt, prompt_ids, new in zip(prompts, ids, outputs)]
+    return outputs[0] if single else outputs
+
+  def score(self, contexts: Sequence[Text], continuations: Sequence[Text],
+            batch_size: int = 32) -> list[tuple[float, int, bool]]:
+    """(nats, tokens, is_greedy) of each continuation after its context.
+
+    nats is the sum of its log-probabilities, at most 0; tokens its length; is_greedy says whether each token was the
+    likeliest. Both are tokenised as one text, as lm-eval does, so a space between them belongs to the continuation.
+    An empty context is a text's beginning. Of a context too long for learned positions the end is read.
+
+    Args:
+      contexts, continuations: texts or ids, as many of each; ids are joined as they are.
+      batch_size: pairs scored at once.
+    """
+    self._needs_head('score')
+    if isinstance(contexts, str) or isinstance(continuations, str) or len(contexts) != len(continuations):
+      raise JaxlmError('contexts and continuations must be two lists of one length; got '
+                       f'{_described(contexts)} and {_described(continuations)}.')
+    pairs = [self._pair(*pair, row) for row, pair in enumerate(zip(contexts, continuations))]
+    found: list[tuple[float, int, bool]] = [(0.0, 0, True)] * len(pairs)
+    for rows, inputs in self._batches([ids[:-1] for ids, _ in pairs], batch_size):
+      targets_BT, weights_BT = np.zeros_like(inputs.tokens_BT), np.zeros(inputs.tokens_BT.shape, np.float32)
+      for i, row in enumerate(rows):
+        ids, count = pairs[row]
+        targets_BT[i, :len(ids) - 1] = ids[1:]
+        weights_BT[i, len(ids) - 1 - count:len(ids) - 1] = 1
+      nats_B, correct_B = map(np.asarray, _scores(self.model, self.params, inputs, targets_BT, weights_BT))
+      for i, row in enumerate(rows):
+        count = pairs[row][1]
+        found[row] = float(nats_B[i]) + 0.0, count, int(correct_B[i]) == count
+    return found
+
+  def embed(self, texts: Any, batch_size: int = 32) -> np.ndarray:
+    """float32 [number of texts, D]: the mean of the last hidden states over a text's tokens, its start among them.
+
+    Args:
+      texts: a text, texts, or lists of ids; a single one gives [D].
+      batch_size: texts at once.
+    """
+    single, texts = _listed(texts)
+    ids = [self._ids(text) for text in texts]
+    for row, found in enumerate(ids):
+      if not found:
+        raise JaxlmError(f'Text {row} is empty, and this model has no token that begins a text; leave it out.')
+      decode.check_length(self.model, len(found), f'Text {row}', 'Cut it into pieces.')
+    means = np.zeros((len(texts), self.model.config.width), np.float32)
+    for rows, inputs in self._batches(ids, batch_size):
+      means[rows] = np.asarray(_means(self.model, self.params, inputs))[:len(rows)]
+    return means[0] if single else means
+
+  # ---- between text and ids --------------------------------------------------------------------------------------
+
+  def _needs_tokenizer(self, what: str) -> None:
+    if self.tokenizer is None:
+      raise JaxlmError(f'{what} needs a tokenizer, and this model came without one; give lists of ids.')
+
+  def _needs_head(self, what: str) -> None:
+    if not self._headed:
+      raise JaxlmError(f'{what} needs an output layer, and this folder holds a body without one (`architectures` in its '
+                       'config.json); only hidden and embed work.')
+
+  def _ids(self, text: Text) -> list[int]:
+    if not isinstance(text, str):
+      decode.check_tokens(np.asarray(text), self.model.config.vocab_size, 'A list of ids')
+      return [int(i) for i in text]
+    self._needs_tokenizer('Text')
+    return self.start + self.tokenizer.encode(text)
+
+  def _pair(self, context: Text, continuation: Text, row: int) -> tuple[list[int], int]:
+    """(ids of both together, how many are the continuation's)."""
+    if isinstance(context, str) != isinstance(continuation, str):
+      raise JaxlmError(f'Pair {row}: context and continuation must both be text, or both ids.')
+    if isinstance(context, str):
+      kept = context.rstrip()
+      ids, before = self._ids(context + continuation), self._ids(kept)
+      start = len(before)
+      if start >= len(ids) and continuation:  # one piece reaches across: it is scored whole
+        start = next(i for i, pair in enumerate(zip(before + [None], ids + [None])) if pair[0] != pair[1])
+    else:
+      ids, start = self._ids(context) + self._ids(continuation), len(context)
+    count = len(ids) - start
+    if start == 0 and count:
+      vocab = tokenizers.Vocab(0) if self.tokenizer is None else self.tokenizer.vocab
+      first = next((i for i in (vocab.bos, vocab.eos) if i is not None), None)
+      if first is None:
+        raise JaxlmError(f'Pair {row} has an empty context, and this model has no token that begins a text; '
+                         'give a context.')
+      ids = [first] + ids
+    decode.check_length(self.model, count, f'Continuation {row}', 'Score it in pieces.')
+    if self.model.config.positions.kind == 'learned':
+      ids = ids[-(self.model.config.max_length + 1):]
+    return ids, count
+
+  def _text(self, prompt: list[int], new: list[int], stops: Sequence[str]) -> str:
+    """The text that ids add to a prompt, cut before the first stop."""
+    new = new[:-1] if new and new[-1] in self.eos else new
+    # With some of the prompt before it: pieces may lose a leading space, or begin in the middle of a character.
+    near = prompt[-8:]
+    before, both = self.tokenizer.decode(near), self.tokenizer.decode(near + new)
+    text = both[len(before):] if both.startswith(before) else self.tokenizer.decode(new)
+    return text[:min((at for at in (text.find(s) for s in stops) if at >= 0), default=len(text))]
+
+  def _cut(self, new: list[int], told: Any) -> list[int]:
+    """Ids up to the one that completes a stop."""
+    return next((new[:n] for n in range(1, len(new) + 1) if told(new[:n])), new)
+
+  def _batches(self, sequences: Sequence[list[int]], batch_size: int) -> Iterator[tuple[list[int], decode.Inputs]]:
+    """Yields (numbers of sequences, those as arrays), like lengths together; empty ones are left out."""
+    order = sorted((i for i, ids in enumerate(sequences) if ids), key=lambda i: len(sequences[i]))
+    for start in range(0, len(order), batch_size):
+      rows = order[start:start + batch_size]
+      yield rows, decode.pad(self.model, [sequences[i] for i in rows])
+
+
+def _listed(given: Any) -> tuple[bool, list[Text]]:
+  """(whether one text or one list of ids was given, a list of them)."""
+  if isinstance(given, str):
+    return True, [given]
+  given = list(given)
+  if given and all(isinstance(item, (int, np.integer)) for item in given):
+    return True, [given]
+  if not all(isinstance(item, str) for item in given) and any(isinstance(item, str) or np.ndim(item) != 1
+                                                              for item in given):
+    raise JaxlmError(f'Wanted a text, texts, ids or lists of ids; got {_described(given)}.')
+  return False, given
+
+
+def _stops(stop: str | Sequence[str]) -> tuple[str, ...]:
+  stops = (stop,) if isinstance(stop, str) else tuple(stop)
+  if not all(isinstance(text, str) and text for text in stops):
+    raise JaxlmError(f'stop must be texts, none of them empty; got {stop!r}.')
+  return stops
+
+
+def _described(value: Any) -> str:
+  if isinstance(value, (str, bytes)) or not hasattr(value, '__len__'):
+    return repr(value)[:60]
+  shape = getattr(value, 'shape', None)
+  return f'an array of shape {tuple(shape)}' if shape is not None else f'{type(value).__name__} of {len(value)}'
+
+
+# ---- what is compiled --------------------------------------------------------------------------------------------
+
+
+@functools.partial(jax.jit, static_argnames=('model', 'with_logits'))
+def _outputs(model: Transformer, params: Tree, tokens_BT: Array, real_BT: Array, with_logits: bool) -> Array:
+  out = model.apply({'params': params}, decode.batch_of(tokens_BT, real_BT), with_logits=with_logits)
+  return out.logits[..., :model.config.vocab_size] if with_logits else out.hidden
+
+
+def _real(inputs: decode.Inputs) -> Array:
+  return jnp.arange(inputs.tokens_BT.shape[1]) < inputs.lengths_B[:, None]
+
+
+@functools.partial(jax.jit, static_argnames='model')
+def _scores(model: Transformer, params: Tree, inputs: decode.Inputs, targets_BT: Array,
+            weights_BT: Array) -> tuple[Array, Array]:
+  """(log-probability of the targets that count, summed; how many of them are the likeliest), [B] each."""
+  hidden_BTD = _outputs(model, params, inputs.tokens_BT, _real(inputs), False)
+  w_VD = model.apply({'params': params}, method='unembedding')
+  vocabulary = losses.Vocabulary(model.config.vocab_size, model.config.logit_softcap, 0.0, 0.0,
+                                 max(1, SCORED // targets_BT.shape[0]), model.layout)
+  nll_BT, correct_BT = losses.token_losses(vocabulary, hidden_BTD, w_VD, targets_BT)
+  total = lambda x_BT: jnp.where(weights_BT > 0, x_BT, 0).sum(1)
+  return jax.lax.with_sharding_constraint((-total(nll_BT), total(correct_BT)), model.layout.replicated)
+
+
+@functools.partial(jax.jit, static_argnames='model')
+def _means(model: Transformer, params: Tree, inputs: decode.Inputs) -> Array:
+  real_BT1 = _real(inputs)[:, :, None]
+  hidden_BTD = _outputs(model, params, inputs.tokens_BT, _real(inputs), False).astype(jnp.float32)
+  mean_BD = jnp.where(real_BT1, hidden_BTD, 0).sum(1) / jnp.maximum(real_BT1.sum(1), 1)
+  return jax.lax.with_sharding_constraint(mean_BD, model.layout.replicated)
+
+
+# ---- loading -----------------------------------------------------------------------------------------------------
+
+
+def load(path: str | os.PathLike, mesh: Any = None, dtype: str | None = None) -> LM:
+  """The model of a run directory (its newest valid checkpoint), or of a Hugging Face folder.
+
+  A run that kept a moving average of its parameters gives that.
+
+  Args:
+    path: what `python -m jaxlm.main` wrote, or a folder with config.json, safetensors and tokenizer.
+    mesh: a `jax.sharding.Mesh` from `sharding.make_mesh`, or sizes of its axes as in config.mesh; None: one device.
+    dtype: of parameters and computing, 'float32' or 'bfloat16'; None: as the run had them.
+  Raises:
+    JaxlmError: neither kind of folder, or one that is not complete.
+  """
+  path = os.fspath(path)
+  if dtype not in (None, 'float32', 'bfloat16'):
+    raise JaxlmError(f"dtype must be 'float32', 'bfloat16' or None; got {dtype!r}.")
+  file = os.path.join(path, 'config.json')
+  if not os.path.isfile(file):
+    what = 'has no config.json' if os.path.isdir(path) else 'is not there'
+    raise JaxlmError(f'{path} {what}; give a run directory or a Hugging Face folder.')
+  try:
+    with open(file, encoding='utf-8') as f:
+      content = json.load(f)
+  except ValueError as e:
+    raise JaxlmError(f'{file} is not JSON ({e}); put it back.') from e
+  theirs = isinstance(content, dict) and 'model_type' in content
+  return _load_folder(path, mesh, dtype) if theirs else _load_run(path, mesh, dtype)
+
+
+def _layout(config: Any, mesh: Any) -> Layout:
+  if mesh is None:
+    return sharding.single(config.sharding.rules)
+  return Layout(sharding.make_mesh(mesh) if isinstance(mesh, Mapping) else mesh, tuple(config.sharding.rules))
+
+
+def _load_run(path: str, mesh: Any, dtype: str | None) -> LM:
+  config = RunDirectory(path).config
+  if faults := config_module.faults(config):
+    raise JaxlmError('\n'.join(f'{path}/config.json: {fault}' for fault in faults))
+  tokenizer = tokenizers.load(os.path.join(path, 'tokenizer'))
+  model = Transformer(freeze(
+      config_module.resolved(config)['model'], vocab_size=tokenizer.vocab.size,
+      visibility=objectives.make(config, tokenizer.vocab).visibility,
+      compute_dtype=dtype or config.precision.compute, param_dtype=dtype or config.precision.params),
+      _layout(config, mesh))
+  with Checkpoints(os.path.join(path, 'checkpoints'), read_only=True) as checkpoints:
+    found = checkpoints.restore_params(_wanted(model), item='ema' if config.optim.ema_decay else 'params')
+  if found is None:
+    raise JaxlmError(f'{path} has no checkpoint that can be read; let the run go on until its next save.')
+  return LM(config, model, found[1], tokenizer)
+
+
+def _load_folder(path: str, mesh: Any, dtype: str | None) -> LM:
+  folder = hf.load_folder(path)
+  config = dataclasses.replace(folder.model, compute_dtype=dtype or folder.model.compute_dtype,
+                               param_dtype=dtype or folder.model.param_dtype)
+  model = Transformer(config, _layout(folder.config, mesh))
+  params = jax.tree.map(lambda x, want: jax.device_put(x.astype(want.dtype), want.sharding), folder.params,
+                        _wanted(model))
+  tokenizer = tokenizers.load(path) if folder.tokenizer else None
+  return LM(folder.config, model, params, tokenizer, eos=_ends_of(path, folder.hf, tokenizer), headed=folder.headed)
+
+
+def _ends_of(path: str, config: Mapping[str, Any], tokenizer: tokenizers.Tokenizer | None) -> list[int]:
+  """All ids that end a text: a chat model has several, which generation_config.json lists."""
+  try:
+    with open(os.path.join(path, 'generation_config.json'), encoding='utf-8') as f:
+      given = json.load(f).get('eos_token_id')
+  except (OSError, ValueError, AttributeError):
+    given = None
+  given = config.get('eos_token_id') if given is None else given
+  ends = [i for i in (given if isinstance(given, list) else [given]) if isinstance(i, int)]
+  if not ends and tokenizer is not None and tokenizer.vocab.eos is not None:
+    ends = [tokenizer.vocab.eos]
+  return ends
+
+
+def _wanted(model: Transformer) -> Tree:
+  """The model's parameters as ShapeDtypeStructs with shardings: what to restore, and where to."""
+  dummy = {'tokens': jnp.zeros((model.layout.batch_parts, bucket(1)), jnp.int32)}
+  boxed = jax.eval_shape(lambda: model.init(jax.random.key(0), dummy)['params'])
+  shapes = nn.meta.unbox(boxed)
+  shardings = sharding.param_shardings(shapes, sharding.logical_axes(boxed), model.layout)
+  return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
