@@ -1,9 +1,11 @@
 """Text to token ids and back: plain bytes, pieces trained on the corpus, or any tokenizer.json."""
+import collections
 import dataclasses
 import functools
 import hashlib
 import json
 import os
+import string
 from pathlib import Path
 from typing import Iterable, Mapping, Sequence
 
@@ -78,11 +80,13 @@ class Tokenizer:
     highest = max(backend.get_vocab(with_added_tokens=True).values(), default=-1)
     self.vocab = Vocab(size=highest + 1, **ids)  # ids may have gaps; the highest counts
     definition = json.loads(backend.to_str())
-    canonical = json.dumps([definition, dataclasses.asdict(self.vocab)], sort_keys=True, separators=(',', ':'))
-    self.digest = hashlib.sha256(canonical.encode()).hexdigest()
     model = definition['model']
     self._is_bytes = (model.get('type') == 'BPE' and not model.get('merges') and model['vocab'] == _byte_letters()
                       and definition['normalizer'] is None)
+    if model.get('type') == 'Unigram':  # the library reads a number back with another last digit
+      model['vocab'] = [[piece, f'{score:.6f}'] for piece, score in model['vocab']]
+    canonical = json.dumps([definition, dataclasses.asdict(self.vocab)], sort_keys=True, separators=(',', ':'))
+    self.digest = hashlib.sha256(canonical.encode()).hexdigest()
 
   def encode(self, text: str) -> list[int]:
     """Ids of a text, none added."""
@@ -203,24 +207,46 @@ def _bpe(texts: Iterable[str], vocab_size: int) -> hf.Tokenizer:
 
 
 def _unigram(texts: Iterable[str], vocab_size: int) -> hf.Tokenizer:
-  """A unigram model over the same bytes as BPE, so lossless too; SentencePiece's is over characters."""
+  """A unigram model over the same bytes as BPE, so lossless too; SentencePiece's is over characters.
+
+  The library numbers and scores the letters that the text lacks in the order of a hash table, which differs every time:
+  they all get the lowest score here, and pieces are ordered by score, then by name.
+  """
   backend = _byte_level(models.Unigram())
   backend.train_from_iterator(texts, trainers.UnigramTrainer(
       vocab_size=vocab_size, special_tokens=[END, PAD], show_progress=False,
       initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
-  return backend
+  definition = json.loads(backend.to_str())
+  special, pieces = definition['model']['vocab'][:2], definition['model']['vocab'][2:]
+  lowest = min(score for _, score in pieces)
+  unseen = lowest + 0.0001 * 257  # how far the library spreads them
+  pieces = [(piece, round(lowest if len(piece) == 1 and score < unseen else score, 6)) for piece, score in pieces]
+  definition['model']['vocab'] = special + sorted(pieces, key=lambda p: (-p[1], p[0]))
+  return hf.Tokenizer.from_str(json.dumps(definition))
 
 
 def _wordpiece(texts: Iterable[str], vocab_size: int) -> hf.Tokenizer:
-  """BERT's, cased: words and "##" endings. It forgets white space, so it suits encoders, not text that must return."""
+  """BERT's, cased: words and "##" endings. It forgets white space, so it suits encoders, not text that must return.
+
+  The letters are counted here and handed over in order; the library numbers them by a hash table that differs every
+  time, and ties between pieces are broken by number.
+  """
+  texts, counts = list(texts), collections.Counter()
+  for text in texts:
+    counts.update(text)
+  letters = sorted((c for c in counts if not c.isspace()), key=lambda c: (-counts[c], c))[:vocab_size // 4]
+  endings = ['##' + c for c in letters if c not in string.punctuation]  # punctuation always stands alone
+  special = [END, PAD, UNKNOWN]
   backend = hf.Tokenizer(models.WordPiece(unk_token=UNKNOWN))
   backend.normalizer = normalizers.BertNormalizer(lowercase=False)
   backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
   backend.decoder = decoders.WordPiece()
   backend.train_from_iterator(texts, trainers.WordPieceTrainer(
-      vocab_size=vocab_size, special_tokens=[END, PAD, UNKNOWN], limit_alphabet=vocab_size // 4,
+      vocab_size=vocab_size, special_tokens=special + endings, initial_alphabet=letters, limit_alphabet=len(letters),
       show_progress=False))
-  return backend
+  definition = json.loads(backend.to_str())
+  definition['added_tokens'] = [t for t in definition['added_tokens'] if t['content'] in special]
+  return hf.Tokenizer.from_str(json.dumps(definition))
 
 
 TRAINED = {'bpe': _bpe, 'unigram': _unigram, 'wordpiece': _wordpiece}
