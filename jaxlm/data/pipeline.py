@@ -175,6 +175,8 @@ class Batches:
       self.close()
       self._iterator = self._iterate(_Upcoming(self._stream, self._rows, self._sizes, examples, batch_size, skips))
     batch = next(self._iterator)
+    if self._workers:  # Grain's arrays live in shared memory, which is gone when the process ends
+      batch = {key: np.array(value) for key, value in batch.items()}
     following = examples + batch_size
     self._next = following, self._sizes(following), skips
     return batch
@@ -213,9 +215,9 @@ HELDOUT_NUMBERS = 1 << 62  # the random streams of evaluation are none of traini
 class HeldoutBatches:
   """Batches that hold every token of a store's first held-out documents once, in a fixed order.
 
-  Each iteration begins anew. All have `config.eval.batch_size` rows; what the last one lacks is rows of padding, whose loss weights are 0. Bits per
-  byte of a model are its loss, summed over all of them, in nats, over ln 2 · text_bytes: with config.data.bos every
-  token of the text is a target, without it the first of each document goes uncounted.
+  Each iteration begins anew. All have `config.eval.batch_size` rows; what the last one lacks is rows of padding, whose
+  loss weights are 0. Bits per byte of a model are its loss, summed over all of them, in nats, over ln 2 · text_bytes:
+  with config.data.bos every token of the text is a target, without it the first of each document goes uncounted.
 
   Attributes:
     name: the store's.

@@ -363,5 +363,5 @@ def check_ids(stores: Sequence[Store], vocab, model_size: int) -> None:
     highest = max(store.manifest['max_id'], vocab.filler)
     if highest >= size:
       raise JaxlmError(f'Source {store.name!r} was tokenised by {store.manifest["tokenizer"]!r} and holds id '
-                       f'{highest}, but the model has {size} ids; set config.model.vocab_size to 0 or at least {highest + 1}, or '
-                       'use the tokenizer that belongs to the model.')
+                       f'{highest}, but the model has {size} ids; set config.model.vocab_size to 0 or at least '
+                       f'{highest + 1}, or use the tokenizer that belongs to the model.')

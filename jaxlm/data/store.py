@@ -27,6 +27,7 @@ from jaxlm.types import JaxlmError
 SHARD_BYTES = 1 << 26  # text in a shard: 64 MiB, about 16 million tokens
 BATCH_DOCUMENTS = 256  # documents tokenised in one call
 BATCH_BYTES = 1 << 24  # and their text, at most, but for a single longer document
+NOT_WRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST)
 
 
 class Prepared(NamedTuple):
@@ -211,9 +212,11 @@ def prepare(config) -> Prepared:
     stores = [_store(data, folder, name, source, digest, tokenizer, hashes)
               for (name, source), digest in zip(named, digests)]
   except OSError as e:
-    if e.errno not in (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EDQUOT, errno.ENOTDIR, errno.EPERM):
+    if any(e.filename in source.paths for _, source in named):
+      raise JaxlmError(f'Cannot read {e.filename}: {e.strerror}; mend it, or leave it out of config.data.paths.') from e
+    if e.errno not in NOT_WRITABLE:
       raise
-    raise JaxlmError(f'Cannot prepare the token store in {folder}: {e.strerror} ({e.filename}); set '
+    raise JaxlmError(f'Cannot prepare the token store in {folder}: {e.strerror} ({e.filename or "a write"}); set '
                      'config.data.store to a folder that can be written and has room.') from e
   return Prepared(stores, tokenizer)
 

@@ -9,7 +9,8 @@ from tokenizers import decoders, models, normalizers, trainers
 from jaxlm.data import tokenizers
 from jaxlm.types import JaxlmError
 
-CORPUS = ['def f(x):\n    if x:\n        return "naïve"\n\n\nclass A:\n    pass\n', 'The quick brown fox, 123456 times.\r\n',
+CORPUS = ['def f(x):\n    if x:\n        return "naïve"\n\n\nclass A:\n    pass\n',
+          'The quick brown fox, 123456 times.\r\n',
           'tabs\tand  spaces   \n\n\n  漢字 and 🙂 emoji', "it's they'll I'd <|endoftext|> <|pad|> [UNK]"] * 5
 NASTY = [*CORPUS, '', ' ', '\n', '\0', '<|endoftext|>', 'a<|pad|>b', '\u2028\u0085 \u00a0x', '𐍈' * 3, 'e\u0301']
 
