@@ -3,7 +3,7 @@ import dataclasses
 import math
 from typing import Any, Callable
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, FieldReference
 
 
 @dataclasses.dataclass(frozen=True)
@@ -14,11 +14,21 @@ class Check:
 
 
 @dataclasses.dataclass(frozen=True)
+class Derived:
+  """A value that follows other keys, the sources, until it is set itself; setting it leaves them alone."""
+  sources: tuple[str, ...]
+  then: Callable[..., Any]
+
+  def __call__(self, config: ConfigDict) -> FieldReference:
+    return FieldReference(self.then(*(_reference(config, path) for path in self.sources)))
+
+
+@dataclasses.dataclass(frozen=True)
 class Key:
   """One key: its default, or how it follows from others, and its range."""
   value: Any
   check: Check | None = None
-  derive: Callable[[ConfigDict], Any] | None = None
+  derive: Derived | None = None
 
 
 def at_least(low) -> Check:
@@ -71,21 +81,23 @@ def flag() -> Check:
 
 
 def _number(x) -> bool:
-  return isinstance(x, (int, float)) and not isinstance(x, bool) and math.isfinite(x)
+  return type(x) is int or (isinstance(x, float) and math.isfinite(x))
 
 
 def _schedule_of(first, value) -> bool:
   return type(first) is int and first >= 0 and value(first)
 
 
-def ref(path: str, then: Callable[[Any], Any] = lambda x: x) -> Callable[[ConfigDict], Any]:
-  """A value that follows another key until it is set itself."""
-  def derive(config: ConfigDict):
-    *folders, last = path.split('.')
-    for folder in folders:
-      config = config[folder]
-    return then(config.get_ref(last))
-  return derive
+def _reference(config: ConfigDict, path: str) -> FieldReference:
+  *folders, last = path.split('.')
+  for folder in folders:
+    config = config[folder]
+  return config.get_ref(last)
+
+
+def ref(*sources: str, then: Callable[..., Any] = lambda x: x) -> Derived:
+  """What follows the keys at these paths, in order."""
+  return Derived(sources, then)
 
 
 SCHEMA: dict[str, Any] = dict(
@@ -120,9 +132,9 @@ SCHEMA: dict[str, Any] = dict(
         scan=Key(True, flag()),                      # one compiled layer for all; False: a program a layer
         attention=dict(
             num_heads=Key(12, at_least(1)),          # N
-            num_kv_heads=Key(12, at_least(1), ref('model.attention.num_heads', lambda n: n * 1)),  # K; divides N
-            head_dim=Key(64, at_least(1), lambda c: c.model.get_ref('width')
-                         // c.model.attention.get_ref('num_heads')),  # H
+            num_kv_heads=Key(12, at_least(1), ref('model.attention.num_heads')),  # K; divides N
+            head_dim=Key(64, at_least(1), ref('model.width', 'model.attention.num_heads',
+                                              then=lambda d, n: d // n)),  # H
             bias=Key(True, flag()),                  # on queries, keys and values
             out_bias=Key(True, flag()),              # on the output projection
             qk_norm=Key('none', choice('none', 'head')),  # norm of queries and keys over each head
@@ -136,7 +148,7 @@ SCHEMA: dict[str, Any] = dict(
             block=Key(512, at_least(1)),             # tokens in a block of the blockwise kernel
         ),
         mlp=dict(
-            width=Key(3072, at_least(1), ref('model.width', lambda d: d * 4)),  # F
+            width=Key(3072, at_least(1), ref('model.width', then=lambda d: d * 4)),  # F
             activation=Key('gelu_tanh', name()),     # gelu gelu_tanh relu relu2 silu
             gated=Key(False, flag()),                # act(gate)·up: SwiGLU is silu gated, GeGLU gelu gated
             bias=Key(True, flag()),
@@ -170,7 +182,7 @@ SCHEMA: dict[str, Any] = dict(
         ),
         init=dict(
             std=Key(0.02, above(0.0)),               # of weights
-            embedding_std=Key(0.02, above(0.0), ref('model.init.std', lambda s: s * 1)),
+            embedding_std=Key(0.02, above(0.0), ref('model.init.std')),
             scale_by_depth=Key(True, flag()),        # what adds to the residual stream: std / sqrt(2·num_layers)
         ),
     ),
