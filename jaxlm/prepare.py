@@ -1,34 +1,37 @@
-"""Tokenises a corpus once into the token store: python -m jaxlm.prepare --config=experiments/x.py"""
-from absl import flags
-from ml_collections import config_flags
+"""Tokenises a corpus once into the token store, or says what is there.
 
-from jaxlm import programs
+  python -m jaxlm.prepare --config=experiments/x.py [--config.data.paths=corpus/*.jsonl.zst]
+
+A run prepares its data itself; this does it beforehand, on a machine that needs no accelerator.
+"""
+from jaxlm import check, programs
 from jaxlm.data import store
 
-CONFIG = config_flags.DEFINE_config_file('config', None, 'Experiment whose data is prepared.')
+programs.define_config()
 
 
 def table(prepared: store.Prepared) -> str:
   """What the stores hold: a line a source."""
-  rows = [('source', 'documents', 'tokens', 'bytes', 'bytes/token', 'held out', 'folder')]
+  rows = [('source', 'folder', 'documents', 'held out', 'tokens', 'bytes', 'bytes/token')]
   for s in prepared.stores:
     m = s.manifest
-    rows.append((s.name, f'{m["documents"]:,}', f'{m["tokens"]:,}', f'{m["text_bytes"]:,}',
-                 f'{m["text_bytes"] / m["tokens"]:.3f}', f'{m["heldout_documents"]:,}', str(s.folder)))
+    rows.append((s.name, str(s.folder), f'{m["documents"]:,}', f'{m["heldout_documents"]:,}', f'{m["tokens"]:,}',
+                 f'{m["text_bytes"]:,}', f'{m["text_bytes"] / m["tokens"]:.3f}'))
   widths = [max(map(len, column)) for column in zip(*rows)]
-  return '\n'.join('  '.join(c.ljust(w) if i in (0, 6) else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths)))
-                   .rstrip() for row in rows)
+  return '\n'.join('  '.join([row[0].ljust(widths[0]), row[1].ljust(widths[1]),
+                              *(cell.rjust(width) for cell, width in zip(row[2:], widths[2:]))]) for row in rows)
 
 
-def main(argv):
+def main(argv: list[str]) -> None:
   """Prepares the data of --config and prints what it is."""
   del argv
-  prepared = store.prepare(CONFIG.value)
-  vocab = prepared.tokenizer.vocab
+  config = programs.config()
+  check.validate(config)
+  prepared = store.prepare(config)
   print(table(prepared))
-  print(f'tokenizer {prepared.tokenizer.name}: {vocab.size:,} ids, digest {prepared.tokenizer.digest[:16]}')
+  print(f'tokenizer {prepared.tokenizer.name}: {prepared.tokenizer.vocab.size:,} ids, '
+        f'digest {prepared.tokenizer.digest[:16]}')
 
 
 if __name__ == '__main__':
-  flags.mark_flag_as_required('config')
   programs.run(main)

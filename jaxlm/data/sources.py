@@ -17,6 +17,7 @@ from jaxlm.lookup import lookup
 from jaxlm.types import JaxlmError
 
 CHUNK = 1 << 20  # bytes read at once
+COMPRESSED = ('.gz', '.zst')
 
 
 class Document(NamedTuple):
@@ -49,8 +50,10 @@ class Source:
         if text:
           yield Document(text, number, start, end)
 
-  def num_bytes(self) -> int:
-    """Size of all files, as stored."""
+  def num_bytes(self) -> int | None:
+    """Size of all files, or None if some are compressed."""
+    if any(path.endswith(COMPRESSED) for path in self.paths):
+      return None
     return sum(os.stat(path).st_size for path in self.paths)
 
   def digest(self, cache: Path | None = None) -> str:
@@ -156,7 +159,7 @@ def _lines(path: str, offset: int) -> Iterator[tuple[bytes, int]]:
   """
   try:
     with _open(path) as file:
-      if path.endswith(('.gz', '.zst')):
+      if path.endswith(COMPRESSED):
         left = offset
         while left:
           left -= len(file.read(min(left, CHUNK)))

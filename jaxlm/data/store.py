@@ -94,6 +94,7 @@ class _Builder:
         file = self.folder / f'shard-{len(sidecars):05d}.json'
         if file.exists():
           sidecar, documents = read_json(file), None
+          progress.update(sidecar['text_bytes'])
         else:
           documents = documents or self.source.documents(*place)
           sidecar, documents = self._shard(file, documents, progress)
