@@ -3,9 +3,9 @@
   python -m jaxlm.main --config=experiments/gpt2.py --config.data.paths=corpus/*.jsonl.zst
   python -m jaxlm.main --config=experiments/gpt2.py:size=nano,smoke
 
-The paper gives sizes, length and 512 rows a batch; rates, warmup and 19k steps are chosen (10 billion tokens, as GPT-3's
-small sizes). The tokenizer is trained on the corpus with as many pieces as GPT-2's; --config.data.tokenizer takes
-GPT-2's own tokenizer.json.
+The paper gives sizes, length and 512 rows a batch. Chosen: GPT-3's rates at these sizes, warmup, and 19k steps, which
+are 10 billion tokens. The tokenizer is trained on the corpus with as many pieces as GPT-2's;
+--config.data.tokenizer takes GPT-2's own tokenizer.json.
 """
 from jaxlm import config as base
 from jaxlm.families import gpt2

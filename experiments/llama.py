@@ -16,13 +16,10 @@ def get_config(arg=None):
   arg = base.parse_arg(arg, size=base.one_of('3-8b', llama.SIZES), smoke=False)
   generation, _, parameters = arg.size.partition('-')
   config = base.default()
-  # The length first: model lengths follow it until they are set themselves.
-  config.update(seq_len=4096 if generation == '2' else 8192)
   config.model.update(llama.SIZES[arg.size])
   config.model.remat = 'full'
-  rows = 4_194_304 // config.seq_len
-  tokens, warmup_steps = (2e12, 2_000) if generation == '2' else (15e12, 8_000)
-  config.update(batch_size=rows, steps=round(tokens / 4_194_304))
+  seq_len, tokens, warmup_steps = (4096, 2e12, 2_000) if generation == '2' else (8192, 15e12, 8_000)
+  config.update(seq_len=seq_len, batch_size=4_194_304 // seq_len, steps=round(tokens / 4_194_304))
   config.objective.name = 'causal'
   config.data.update(source='jsonl', tokenizer='bpe', vocab_size=llama.VOCAB_SIZES[generation])
   config.optim.update(lr=1.5e-4 if parameters == '70b' else 3e-4, warmup_steps=warmup_steps, weight_decay=0.1,

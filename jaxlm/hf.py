@@ -130,8 +130,8 @@ def read_weights(folder: str | os.PathLike) -> Weights:
     return Weights({SINGLE: folder / SINGLE})
   if not (folder / INDEX).exists():
     pickled = [p.name for pattern in ('*.bin', '*.pt', '*.pth', '*.h5', '*.msgpack') for p in folder.glob(pattern)]
-    held = f' It holds {_listed(pickled)}, which can run code and is not read; save it as safetensors.' if pickled else ''
-    raise JaxlmError(f'{folder} has no {SINGLE} and no {INDEX}.' + held)
+    remedy = f' {_listed(pickled)} can run code and is not read; save it as safetensors.' if pickled else ''
+    raise JaxlmError(f'{folder} has no {SINGLE} and no {INDEX}.' + remedy)
   weight_map = _read_json(folder / INDEX).get('weight_map')
   if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(f, str) for f in weight_map.values()):
     raise JaxlmError(f'{folder / INDEX} must hold weight_map, an object of tensor names and file names.')
@@ -214,8 +214,8 @@ def import_params(family: ModuleType, model: ModelConfig, weights: Weights) -> T
       name = name if prefix else name.removeprefix(family.PREFIX)
       if twin in extra and name in weights:
         if not np.array_equal(weights[twin], weights[name]):
-          raise JaxlmError(f'config.json ties embeddings, but {twin} and {name} differ; set tie_word_embeddings to false '
-                           'there if the model has an output layer of its own.')
+          raise JaxlmError(f'config.json ties embeddings, but {twin} and {name} differ; set tie_word_embeddings to '
+                           'false there if the model has an output layer of its own.')
         extra.remove(twin)
   if extra:
     raise JaxlmError(f'The weights hold {_listed(extra)}, which config.json does not call for.')
@@ -244,7 +244,7 @@ def _model_dict(overrides: Mapping[str, Any]) -> dict[str, Any]:
 
 def _headed(family: ModuleType, hf: Mapping[str, Any]) -> bool:
   named = hf.get('architectures') or [next(name for name, headed in family.ARCHITECTURES.items() if headed)]
-  if not isinstance(named, list) or len(named) != 1 or named[0] not in family.ARCHITECTURES:
+  if not isinstance(named, list) or len(named) != 1 or str(named[0]) not in family.ARCHITECTURES:
     raise JaxlmError(f'config.json: architectures is {named!r}; known for model_type {family.MODEL_TYPE!r}: '
                      f'{", ".join(family.ARCHITECTURES)}.')
   return family.ARCHITECTURES[named[0]]
@@ -265,7 +265,7 @@ def load_folder(path: str | os.PathLike) -> Folder:
     overrides = overrides | dict(tie_embeddings=True)  # no parameter for an output layer that is not there
   weights = read_weights(path)
   if overrides['num_layers'] > len(weights):
-    raise JaxlmError(f'config.json says {overrides["num_layers"]} layers, the weights hold {len(weights)} tensors in all.')
+    raise JaxlmError(f'config.json says {overrides["num_layers"]} layers; the weights hold {len(weights)} tensors.')
   values = base.resolved(base.default())
   values['model'] = _model_dict(overrides)
   values['precision']['params'] = 'bfloat16' if set(weights.dtypes.values()) == {'BF16'} else 'float32'
@@ -344,9 +344,9 @@ def save_folder(path: str | os.PathLike, model: ModelConfig, params: Tree, *, he
     raise JaxlmError(f'{path} holds a model already; name a new folder.')
   architecture = next(name for name, has_head in family.ARCHITECTURES.items() if has_head == headed)
   leaves, kept = trees.flatten(params), dict(kept or {})
-  written = [row for row in rows(family, model, prefix=headed) if headed or row.ours != ('head',)]
   config = {key: value for key, value in kept.items() if not re.fullmatch(f'dtype|{keys.ROPE}', key)}
   config |= _their_config(family, model) | dict(architectures=[architecture])
+  written = [row for row in rows(family, model, prefix=headed) if headed or row.ours != ('head',)]
   config['torch_dtype'] = np.dtype(leaves[written[0].ours[0]].dtype).name
   if not headed and 'tie_word_embeddings' in kept:  # of the model that this body came from
     config['tie_word_embeddings'] = kept['tie_word_embeddings']

@@ -6,9 +6,9 @@
   '(n (h | h | h)) d -> d n h, d n h, d n h'      the three of each head together (BLOOM)
   'v d -> v d'                                    the vocabulary: `v` may be larger on our side
 
-Left is theirs, right are ours. A name is a dim; names in parentheses are one dim, the first varies slowest; `|` divides a
-dim among our arrays, in order, at most once in a string. Sizes come from our arrays. Rows of `v` beyond the vocabulary
-are zeros on import and left out on export, so export ∘ import is the identity, bit for bit.
+Left is theirs, right are ours. A name is a dim; names in parentheses are one dim, the first varies slowest; `|`
+divides a dim among our arrays, in order, at most once in a string. Sizes come from our arrays. Rows of `v` beyond the
+vocabulary are zeros on import and left out on export, so export ∘ import is the identity, bit for bit.
 """
 import dataclasses
 import functools

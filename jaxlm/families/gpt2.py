@@ -1,4 +1,4 @@
-"""GPT-2 (Radford et al. 2019): sizes as published, and the names of its weights at Hugging Face."""
+"""GPT-2 (Radford et al. 2019): sizes as published, names at Hugging Face."""
 from typing import Any, Mapping
 
 from jaxlm.families import keys

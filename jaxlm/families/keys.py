@@ -19,17 +19,19 @@ HARMLESS = re.compile(
 
 # Their activations as ours; the first that gives one of ours is what export writes.
 ACTIVATIONS = {
-    'gelu_new': 'gelu_tanh', 'gelu_pytorch_tanh': 'gelu_tanh', 'gelu_fast': 'gelu_tanh', 'gelu_python_tanh': 'gelu_tanh',
-    'gelu': 'gelu', 'gelu_python': 'gelu', 'relu': 'relu', 'relu2': 'relu2', 'silu': 'silu', 'swish': 'silu'}
+    'gelu_new': 'gelu_tanh', 'gelu_pytorch_tanh': 'gelu_tanh', 'gelu_fast': 'gelu_tanh',
+    'gelu_python_tanh': 'gelu_tanh', 'gelu': 'gelu', 'gelu_python': 'gelu', 'relu': 'relu', 'relu2': 'relu2',
+    'silu': 'silu', 'swish': 'silu'}
 
-KINDS = {int: 'a whole number above 0', float: 'a number', bool: 'true or false', str: 'text', dict: 'an object'}
+KINDS = {int: 'a whole number from 1 to 2147483647', float: 'a number', bool: 'true or false', str: 'text',
+         dict: 'an object'}
 
 
 def _is(value: Any, kind: type) -> bool:
   if kind is int:
-    return type(value) is int and value > 0
+    return type(value) is int and 0 < value < 2 ** 31  # sizes; jax counts dims in int32
   if kind is float:
-    return type(value) in (int, float) and math.isfinite(value)
+    return type(value) in (int, float) and abs(value) < 3e38  # and so no nan
   return isinstance(value, kind)
 
 
@@ -63,15 +65,16 @@ def read(given: Mapping[str, Any], known: Mapping[str, tuple[type, Any]], fixed:
                        f'{fixed[key]!r} only; its weights cannot be used here.')
     understood = key in known or key in fixed or HARMLESS.fullmatch(key) or re.fullmatch(harmless, key)
     if value and not understood:
-      raise JaxlmError(f'config.json: {key}={value!r} is not understood and may change what is computed. If it does not, '
-                       'remove it from the file.' + nearest(key, known))
+      raise JaxlmError(f'config.json: {key}={value!r} is not understood and may change what is computed. If it does '
+                       'not, remove it from the file.' + nearest(key, known))
   return values
 
 
 def activation(key: str, name: str) -> str:
   """Our name of their activation."""
   if name not in ACTIVATIONS:
-    raise JaxlmError(f'config.json: unknown {key} {name!r}. Known: {", ".join(ACTIVATIONS)}.' + nearest(name, ACTIVATIONS))
+    raise JaxlmError(f'config.json: unknown {key} {name!r}. Known: {", ".join(ACTIVATIONS)}.'
+                     + nearest(name, ACTIVATIONS))
   return ACTIVATIONS[name]
 
 
@@ -92,6 +95,8 @@ def heads(width_key: str, width: int, heads_key: str, num_heads: int) -> int:
 
 # ---- rotary positions --------------------------------------------------------------------------------------------
 
+MOVING = ('dynamic', 'longrope')  # rope_types that rotate by the length of the whole text
+
 # Keys of a config.json that `rope` reads.
 ROPE = r'rope_(parameters|scaling|theta)|partial_rotary_factor|original_max_position_embeddings'
 
@@ -107,7 +112,7 @@ SCALINGS = {
 }
 
 
-def rope(given: Mapping[str, Any], max_length: int) -> dict[str, Any]:
+def rope(given: Mapping[str, Any], head_dim: int, max_length: int) -> dict[str, Any]:
   """config.model.positions.rope from `rope_parameters` (transformers 5), or `rope_scaling` and `rope_theta`.
 
   Raises:
@@ -116,27 +121,31 @@ def rope(given: Mapping[str, Any], max_length: int) -> dict[str, Any]:
   """
   found = given.get('rope_scaling') or given.get('rope_parameters') or {}
   theirs = dict(check('rope_parameters', found, dict))
-  kind = theirs.pop('rope_type', None) or theirs.get('type') or 'default'
-  base = theirs.pop('rope_theta', None) or given.get('rope_theta') or 10_000.0
+  kind = check('rope_type', theirs.pop('rope_type', None) or theirs.get('type') or 'default', str)
+  base = check('rope_theta', theirs.pop('rope_theta', None) or given.get('rope_theta') or 10_000.0, float)
   theirs.pop('type', None)
   if kind not in SCALINGS:
     raise JaxlmError(f'config.json: unknown rope_type {kind!r}. Known: {", ".join(SCALINGS)}.'
-                     + (' Its rotations change with the length of the text.' if kind in ('dynamic', 'longrope') else ''))
+                     + (' Its rotations change with the length of the text.' if kind in MOVING else ''))
   if kind in ('llama3', 'yarn'):
     trained = given.get('original_max_position_embeddings') or theirs.get('original_max_position_embeddings')
-    theirs['original_max_position_embeddings'] = trained or max_length
+    theirs['original_max_position_embeddings'] = check('original_max_position_embeddings', trained or max_length, int)
   if kind == 'yarn':
     _finish_yarn(theirs, max_length)
-  if theirs.pop('partial_rotary_factor', 1.0) not in (1, None) or given.get('partial_rotary_factor', 1) not in (1, None):
+  if any(part not in (1, None) for part in (theirs.pop('partial_rotary_factor', 1), given.get('partial_rotary_factor'))):
     raise JaxlmError('config.json: partial_rotary_factor must be 1 here; this family rotates whole heads.')
-  ours = dict(base=float(check('rope_theta', base, float)), scaling='none' if kind == 'default' else kind, factor=1.0,
-              original_length=max_length)
+  if head_dim % 2:
+    raise JaxlmError(f'config.json: rotary positions need heads of an even size; got head_dim={head_dim}.')
+  ours = dict(base=float(base), scaling='none' if kind == 'default' else kind, factor=1.0, original_length=max_length)
   for key, (sort, default) in SCALINGS[kind].items():
     value = theirs.pop(key, None)
     value = check(f'rope_parameters.{key}', default if value is None else value, sort)
     ours[RENAMED.get(key, key)] = float(value) if sort is float else value
+  if kind == 'llama3' and not ours['low_freq_factor'] < ours['high_freq_factor']:
+    raise JaxlmError(f'config.json: low_freq_factor={ours["low_freq_factor"]} must be below '
+                     f'high_freq_factor={ours["high_freq_factor"]}.')
   if kind == 'default':  # which reads no numbers of a scaling, though a file may hold them
-    theirs = {key: value for key, value in theirs.items() if type(value) not in (int, float)}
+    theirs = {key: value for key, value in theirs.items() if type(value) not in (int, float, bool)}
   left = [key for key, value in theirs.items() if value is not None]
   if left:
     raise JaxlmError(f'config.json: rope_type {kind!r} with {left[0]}={theirs[left[0]]!r} is not understood.')
@@ -149,7 +158,8 @@ def _finish_yarn(theirs: dict[str, Any], max_length: int) -> None:
     theirs['factor'] = max_length / theirs['original_max_position_embeddings']
   mscale, mscale_all = theirs.pop('mscale', None), theirs.pop('mscale_all_dim', None)
   if mscale and mscale_all and not theirs.get('attention_factor'):
-    of = lambda m: 0.1 * m * math.log(theirs['factor']) + 1.0 if theirs['factor'] > 1 else 1.0
+    factor = check('rope_parameters.factor', theirs['factor'], float)
+    of = lambda m: 0.1 * check('mscale', m, float) * math.log(factor) + 1.0 if factor > 1 else 1.0
     theirs['attention_factor'] = of(mscale) / of(mscale_all)
   if theirs.get('truncate') is True:  # the only way it is computed here, and the default
     del theirs['truncate']

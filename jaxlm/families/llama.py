@@ -1,4 +1,4 @@
-"""Llama 2 (Touvron et al. 2023) and 3 (Grattafiori et al. 2024): sizes as published, and weight names at Hugging Face."""
+"""Llama 2 (Touvron et al. 2023) and 3 (Grattafiori et al. 2024): sizes as published, names at Hugging Face."""
 from typing import Any, Mapping
 
 from jaxlm.families import keys
@@ -94,7 +94,7 @@ def from_hf(given: Mapping[str, Any]) -> dict[str, Any]:
       mlp=BASE['mlp'] | dict(width=hf['intermediate_size'], activation=keys.activation('hidden_act', hf['hidden_act']),
                              bias=hf['mlp_bias']),
       norm=BASE['norm'] | dict(eps=hf['rms_norm_eps']),
-      positions=dict(kind='rope', rope=keys.rope(given, hf['max_position_embeddings'])))
+      positions=dict(kind='rope', rope=keys.rope(given, head_dim, hf['max_position_embeddings'])))
 
 
 def to_hf(model: Any) -> dict[str, Any]:

@@ -5,8 +5,8 @@ A family is a module of data. Always SIZES, {name: overrides of config.model}. W
   MODEL_TYPE      of its config.json
   ARCHITECTURES   {class named there: whether the model has its output layer}; a body has none
   PREFIX          of names in a model with an output layer, which a body's names leave out
-  TEMPLATES       (ours, theirs, bijection): a path, or several, of the unstacked parameter tree; their tensor's name, as
-                  the model with an output layer has it; and how one becomes the other (bijections.py). {layer} stands
+  TEMPLATES       (ours, theirs, bijection): a path, or several, of the unstacked parameter tree; their tensor's name,
+                  as the model with an output layer has it; how one becomes the other (bijections.py). {layer} stands
                   for every layer. A row whose paths a model does not have is left out; every parameter has one row.
   TIED            {name: name of the same tensor}, for files that hold tied embeddings twice
   BUFFERS         pattern of names that are no parameters
@@ -25,7 +25,7 @@ FAMILIES: dict[str, ModuleType] = {'gpt2': gpt2, 'gpt3': gpt3, 'llama': llama}
 def by_model_type(model_type: object) -> ModuleType:
   """The family of a config.json."""
   known = {family.MODEL_TYPE: family for family in FAMILIES.values() if hasattr(family, 'MODEL_TYPE')}
-  if model_type not in known:
+  if not isinstance(model_type, str) or model_type not in known:
     raise JaxlmError(f'config.json: unknown model_type {model_type!r}. Known: {", ".join(sorted(known))}.'
                      + nearest(model_type, known))
   return known[model_type]

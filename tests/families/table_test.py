@@ -1,0 +1,86 @@
+"""Sizes have the published numbers of parameters; every experiment is valid at every size."""
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+from jaxlm import config as base
+from jaxlm import hf
+from jaxlm.families import gpt2, gpt3, llama, table
+from jaxlm.models.config import freeze
+
+EXPERIMENTS = Path(__file__).parents[2] / 'experiments'
+
+# Parameters: counted in the published weights, or as the paper prints them.
+PUBLISHED = {
+    'gpt2': {'124m': 124_439_808, '355m': 354_823_168, '774m': 774_030_080, '1.5b': 1_557_611_200},
+    'gpt3': {'125m': 125e6, '350m': 350e6, '760m': 760e6, '1.3b': 1.3e9, '2.7b': 2.7e9, '6.7b': 6.7e9, '13b': 13e9,
+             '175b': 175e9},
+    'llama': {'2-7b': 6_738_415_616, '2-13b': 13_015_864_320, '2-70b': 68_976_648_192, '3-8b': 8_030_261_248,
+              '3-70b': 70_553_706_496, '3.1-8b': 8_030_261_248, '3.1-70b': 70_553_706_496},
+}
+SIZES = [(name, size) for name, family in table.FAMILIES.items() for size in family.SIZES]
+
+
+def frozen(overrides, vocab_size):
+  return freeze(hf._model_dict(overrides), vocab_size=vocab_size, visibility='causal')
+
+
+@pytest.mark.parametrize('name, size', [(n, s) for n, sizes in PUBLISHED.items() for s in sizes])
+def test_sizes_have_the_published_number_of_parameters(name, size):
+  vocab = llama.VOCAB_SIZES[size.split('-')[0]] if name == 'llama' else gpt2.VOCAB_SIZE
+  count = 0
+  for shape in hf.param_shapes(frozen(table.FAMILIES[name].SIZES[size], vocab)).values():
+    elements = 1
+    for n in shape:
+      elements *= n
+    count += elements
+  # 1%: the embedding is rounded up to 128 rows; 2%: two digits are printed (350M is 356M, 2.7B is 2.65B).
+  assert abs(count / PUBLISHED[name][size] - 1) < (0.02 if name == 'gpt3' and size != '175b' else 0.01)
+
+
+def test_gpt3_alternates_dense_and_banded_layers():
+  model = frozen(gpt3.SIZES['175b'], gpt3.VOCAB_SIZE)
+  assert [model.window(layer) for layer in range(4)] == [0, 128, 0, 128]
+
+
+def experiment(name, arg):
+  spec = importlib.util.spec_from_file_location(name, EXPERIMENTS / f'{name}.py')
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module.get_config(arg)
+
+
+@pytest.mark.parametrize('name, size', SIZES)
+def test_every_experiment_is_valid_at_every_size_and_trains_the_model_of_that_size(name, size):
+  config = experiment(name, f'size={size}')
+  assert base.faults(config) == []
+  whole = hf._model_dict(table.FAMILIES[name].SIZES[size])
+  assert hf._computed(base.resolved(config)['model']) == hf._computed(whole)
+
+
+@pytest.mark.parametrize('name, size', SIZES)
+def test_every_experiment_has_a_smoke_form(name, size):
+  config = experiment(name, f'size={size},smoke')
+  assert base.faults(config) == []
+  assert (config.model.width, config.model.num_layers, config.seq_len, config.batch_size) == (64, 4, 64, 16)
+
+
+def test_gpt3_trains_on_300_billion_tokens_and_lowers_its_rate_over_260():
+  for size in gpt3.SIZES:
+    config = experiment('gpt3', f'size={size}')
+    tokens = lambda steps: steps * config.batch_size * config.seq_len / 1e9
+    assert abs(tokens(config.steps) - 300) < 0.01 and abs(tokens(config.optim.total_steps) - 260) < 0.01
+
+
+def test_llama_31_trains_at_the_length_its_rotations_are_scaled_from():
+  config = experiment('llama', 'size=3.1-8b')
+  assert (config.seq_len, config.model.positions.rope.original_length, config.model.max_length) == (8192, 8192, 131_072)
+
+
+@pytest.mark.parametrize('name', [n for n, f in table.FAMILIES.items() if hasattr(f, 'MODEL_TYPE')])
+def test_config_of_every_size_survives_hugging_face(name):
+  family = table.FAMILIES[name]
+  for overrides in family.SIZES.values():
+    model = frozen(overrides, 1000)
+    assert hf._computed(hf._model_dict(family.from_hf(family.to_hf(model)))) == hf._computed(hf._model_dict(overrides))
