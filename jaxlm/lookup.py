@@ -28,7 +28,8 @@ def lookup(table: Mapping[str, Any], name: str, kind: str) -> Any:
     module, _, attribute = name.partition(':')
     try:
       return getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as e:
-      raise JaxlmError(f'Cannot import {kind} {name!r}: {e}.') from e
+    except Exception as e:  # importing runs the module
+      told = next(iter(str(e).splitlines()), '') or type(e).__name__
+      raise JaxlmError(f'Cannot import {kind} {name!r}: {told.rstrip(".")}.') from e
   raise JaxlmError(f'Unknown {kind} {name!r}. Known: {", ".join(sorted(table))}; or pass "module:attribute".'
                    + nearest(name, table))

@@ -41,7 +41,7 @@ def main(argv: list[str]) -> None:
   """Runs the config of --config."""
   del argv
   config = programs.config()
-  if PRINT_CONFIG.value:
+  if PRINT_CONFIG.value and not config_module.faults(config):
     print(config_module.dumps(config))
     for key, (value, default) in config_module.differences(config, config_module.default()).items():
       print(f'config.{key} = {value!r}  # default {default!r}')

@@ -3,45 +3,109 @@
 Exit codes: 0 done; 1 the run failed; 2 the user can mend it, one line each on stderr; 75 preempted after saving.
 """
 import errno
+import importlib.util
+import inspect
 import os
+import re
 import sys
 import traceback
 from typing import Callable
 
 from absl import flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
-from jaxlm.config import KEYS
+from jaxlm import config as config_module
 from jaxlm.lookup import nearest
 from jaxlm.types import JaxlmError, Preempted, RunFailed
 
 DONE, FAILED, USER_ERROR, PREEMPTED = 0, 1, 2, 75
-_CONFIG = None
+
+_overrides: list[tuple[str, str]] = []  # of the command line that was parsed last: (key, text)
 
 
-def define_config():
-  """Defines --config=FILE[:ARGUMENTS] and with it --config.KEY=VALUE; `config()` reads them."""
-  global _CONFIG
-  _CONFIG = config_flags.DEFINE_config_file(
-      'config', None, 'An experiment, as experiments/x.py or experiments/x.py:size=nano,smoke; '
-      'any key is changed by --config.KEY=VALUE.', lock_config=True)
+def define_config() -> None:
+  """Defines --config=FILE[:ARGUMENTS] and with it --config.KEY=VALUE; `config()` reads them.
+
+  ml_collections' own flag tells a key that is not there, a value of another type and a file that fails in several ways
+  or with a traceback, one at a time; here each is one line, and all are told.
+  """
+  if 'config' not in flags.FLAGS:
+    flags.DEFINE_string('config', None, 'An experiment, as experiments/x.py or experiments/x.py:size=nano,smoke; '
+                        'any key is changed by --config.KEY=VALUE.')
 
 
 def config() -> ConfigDict:
   """The config that the flags describe.
 
   Raises:
-    JaxlmError: none was given.
+    JaxlmError: none was given, its file does not make one, or an override names no key or is of another type.
   """
-  if _CONFIG.value is None:
+  if not flags.FLAGS.config:
     raise JaxlmError('--config is missing; give an experiment, for instance --config=experiments/quickstart.py.')
-  return _CONFIG.value
+  made, faults = _made(*_file_and_argument()), []
+  for path, text in _overrides:
+    try:
+      config_module.override(made, path, text)
+    except JaxlmError as e:
+      faults.append(str(e))
+  if faults:
+    raise JaxlmError('\n'.join(faults))
+  return made
+
+
+def _file_and_argument() -> tuple[str, str | None]:
+  """'experiments/x.py' and 'size=nano', or None where there is no colon."""
+  file, colon, argument = flags.FLAGS.config.partition(':')
+  return file, argument if colon else None
+
+
+def _made(file: str, argument: str | None) -> ConfigDict:
+  """What an experiment's `get_config` returns; its errors in a line each, with the line of the file."""
+  if not os.path.isfile(file):
+    raise JaxlmError(f'No config file {file!r}; give an experiment such as experiments/quickstart.py.')
+  spec = importlib.util.spec_from_file_location('experiment', file)
+  if spec is None:
+    raise JaxlmError(f'{file} is not a Python file; give an experiment such as experiments/quickstart.py.')
+  module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # there, as dataclasses look it up
+  try:
+    spec.loader.exec_module(module)
+    if not callable(getattr(module, 'get_config', None)):
+      raise JaxlmError(f'{file} has no get_config; an experiment defines get_config(arg=None), which returns a config.')
+    given = [] if argument is None else [argument]
+    try:
+      inspect.signature(module.get_config).bind(*given)
+    except TypeError:
+      raise JaxlmError(f'{file}: get_config takes no argument; leave :{argument} out.' if given else
+                       f'{file}: get_config wants an argument; give --config={file}:ARGUMENT.') from None
+    made = module.get_config(*given)
+  except JaxlmError:
+    raise
+  except Exception as e:
+    raise JaxlmError(_line_of(e, file)) from e
+  if not isinstance(made, ConfigDict):
+    raise JaxlmError(f'{file}: get_config must return a ConfigDict, as jaxlm.config.default() makes one; got '
+                     f'{type(made).__name__}.')
+  return made
+
+
+def _line_of(error: Exception, file: str) -> str:
+  """'experiments/x.py:7: what went wrong there'."""
+  file_of = lambda name: file if name == os.path.abspath(file) else name
+  if isinstance(error, SyntaxError):
+    return f'{file_of(error.filename)}:{error.lineno}: {error.msg}.'
+  lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if file_of(frame.filename) == file]
+  where = f'{file}:{lines[-1]}' if lines else file
+  if unknown := re.search(r'Key "(\w+)" does not exist and cannot be added', str(error)):
+    names = {path.rpartition('.')[2] for path in (*config_module.KEYS, *config_module.GROUPS)}
+    return f'{where}: no key {unknown[1]!r} there.{nearest(unknown[1], sorted(names))}'
+  told = next(iter(str(error).splitlines()), '')[:200].rstrip('.')
+  return f'{where}: {type(error).__name__}{": " * bool(told)}{told}.'
 
 
 def experiment_name() -> str:
   """'gpt2-size=nano' for --config=experiments/gpt2.py:size=nano."""
-  path, _, arguments = flags.FLAGS['config'].config_filename.partition(':')
-  name = os.path.splitext(os.path.basename(path))[0]
+  file, arguments = _file_and_argument()
+  name = os.path.splitext(os.path.basename(file))[0]
   return f'{name}-{arguments.replace(os.sep, "_")}' if arguments else name
 
 
@@ -53,8 +117,7 @@ def run(main: Callable[[list[str]], None], argv: list[str] | None = None) -> Non
 def outcome(main: Callable[[list[str]], None], argv: list[str]) -> int:
   """The exit code of `main` under the flags in `argv`, its errors told."""
   if any(arg in ('--help', '-help', '-h', '--helpfull') for arg in argv[1:]):
-    module = sys.modules[main.__module__]
-    print(module.__doc__.strip() + '\n\nFlags:\n' + flags.FLAGS.module_help(module).strip())
+    print(_help(sys.modules[main.__module__]))
     return DONE
   try:
     main(_parse(argv))
@@ -62,6 +125,9 @@ def outcome(main: Callable[[list[str]], None], argv: list[str]) -> int:
   except Preempted as e:
     print(f'preempted: {e}', file=sys.stderr)
     return PREEMPTED
+  except KeyboardInterrupt:
+    print('failed: interrupted; the same command goes on from what was saved.', file=sys.stderr)
+    return FAILED
   except RunFailed as e:
     print(f'failed: {e}', file=sys.stderr)
     return FAILED
@@ -85,24 +151,49 @@ def _told(message: str) -> int:
   return USER_ERROR
 
 
+def _help(module) -> str:
+  """The program's docstring and all its flags."""
+  told = [flags.FLAGS.module_help(owner) for owner in (sys.modules[__name__], module)]
+  shown = [line for text in told for line in text.splitlines() if line.startswith('  ')]  # not the modules' names
+  return module.__doc__.strip() + '\n\nFlags:\n' + '\n'.join(shown)
+
+
 def _parse(argv: list[str]) -> list[str]:
-  """Reads flags from argv and returns the rest; what absl and ml_collections raise becomes one clear line."""
-  file = next((arg.split('=', 1)[1] for arg in argv[1:] if arg.startswith(('--config=', '-config='))), None)
-  if file is not None and not os.path.isfile(file.partition(':')[0]):
-    raise JaxlmError(f'No config file {file.partition(":")[0]!r}; give an experiment such as experiments/quickstart.py.')
+  """Reads flags from argv and returns the rest; what absl raises becomes one clear line."""
+  _overrides.clear()
+  if 'config' in flags.FLAGS and flags.FLAGS.find_module_defining_flag('config') == __name__:
+    argv, given = _split(argv)
+    _overrides.extend(given)
   try:
     rest = flags.FLAGS(argv, known_only=False)
-  except AttributeError as e:  # an override of a key that is not there
-    key = next((arg.lstrip('-').partition('=')[0] for arg in argv if arg.startswith('--config.')
-                and arg.lstrip('-').partition('=')[0].removeprefix('config.') not in KEYS), None)
-    if key is None:
-      raise
-    raise JaxlmError(f'Unknown key {key}.{nearest(key.removeprefix("config."), KEYS)} '
-                     '--print_config shows them all.') from e
+  except flags.UnrecognizedFlagError as e:
+    known = [name for name in flags.FLAGS if len(name) > 1]
+    raise JaxlmError(f'Unknown flag --{e.flagname}.{nearest(e.flagname, known)} --help lists them.') from e
   except flags.Error as e:
-    if isinstance(e.__cause__, JaxlmError) or isinstance(e.__context__, JaxlmError):
-      raise (e.__cause__ or e.__context__) from None
     raise JaxlmError(str(e).splitlines()[0].removesuffix('.') + '.') from e
   if len(rest) > 1:
     raise JaxlmError(f'Unknown argument {rest[1]!r}; flags start with --, as --config={rest[1]}.')
   return rest
+
+
+def _split(argv: list[str]) -> tuple[list[str], list[tuple[str, str]]]:
+  """(argv without --config.KEY=VALUE, those as (key, text)); --config.KEY VALUE, --config.KEY and --noconfig.KEY too."""
+  rest, overrides, left = [], [], iter(argv)
+  for arg in left:
+    found = re.fullmatch(r'--?(no)?config\.([^=]+)(?:=(.*))?', arg, re.DOTALL)
+    if arg == '--':
+      rest += [arg, *left]
+    elif not found:
+      rest.append(arg)
+    else:
+      no, path, text = found.groups()
+      key = config_module.KEYS.get(path)
+      is_flag = key is not None and isinstance(key.value, bool)
+      if no and (text is not None or not is_flag):
+        raise JaxlmError(f'Unknown flag {arg}; --noconfig.KEY switches a key off that is True or False.')
+      if text is None:
+        text = ('false' if no else 'true') if is_flag else next(left, None)
+      if text is None:
+        raise JaxlmError(f'--config.{path} has no value; give --config.{path}=VALUE.')
+      overrides.append((path, text))
+  return rest, overrides

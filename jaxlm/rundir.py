@@ -13,6 +13,7 @@ import jax
 from ml_collections import ConfigDict
 
 from jaxlm import config as config_module
+from jaxlm.lookup import nearest
 from jaxlm.types import JaxlmError
 
 FORMAT = 1
@@ -29,6 +30,9 @@ def group(key: str) -> str:
   return 'tokenizer' if key.startswith(('data.tokenizer', 'data.vocab_size')) else key.partition('.')[0]
 
 
+GROUPS = tuple(dict.fromkeys(group(key) for key in config_module.KEYS))
+
+
 class RunDirectory:
   """config.json and run.json of one run.
 
@@ -40,52 +44,71 @@ class RunDirectory:
 
   def __init__(self, path: str):
     self.path = os.path.abspath(path)
-    self.config, self.record = None, {}
+    self.config: ConfigDict | None = None
+    self.record: dict[str, Any] = {}
     if os.path.exists(self._file('config.json')):
-      self.config = config_module.loads(self._read('config.json'))
-      self.record = json.loads(self._read('run.json')) if os.path.exists(self._file('run.json')) else {}
+      self.record = self._read('run.json') if os.path.exists(self._file('run.json')) else {}
       if self.record.get('format', FORMAT) != FORMAT:
         raise JaxlmError(f'{self.path} has format {self.record["format"]}, this version reads {FORMAT}; '
                          'use the jaxlm that made it.')
+      self.config = config_module.from_plain(self._read('config.json'))
     elif os.path.isdir(self._file('checkpoints')) and os.listdir(self._file('checkpoints')):
       raise JaxlmError(f'{self.path} has checkpoints but no config.json; put that back, or use another workdir.')
 
   def _file(self, name: str) -> str:
     return os.path.join(self.path, name)
 
-  def _read(self, name: str) -> str:
+  def _read(self, name: str) -> dict[str, Any]:
     try:
       with open(self._file(name), encoding='utf-8') as f:
-        text = f.read()
-      json.loads(text)
-      return text
+        content = json.load(f)
     except ValueError as e:
       raise JaxlmError(f'{self._file(name)} is not JSON ({e}); put it back, or use another workdir.') from e
+    if not isinstance(content, dict):
+      raise JaxlmError(f'{self._file(name)} holds no JSON object; put it back, or use another workdir.')
+    return content
 
-  def accept(self, config: ConfigDict, data: dict[str, str], tokenizer: str, allow: Sequence[str]) -> None:
-    """Records that `config` starts or continues this run.
+  def check(self, config: ConfigDict, data: dict[str, str], tokenizer: str, allow: Sequence[str]) -> dict[str, Any]:
+    """Says whether `config` may start or continue this run; writes nothing.
 
     Args:
       config: validated.
       data: digest of each source's token store, by name.
       tokenizer: its digest.
       allow: groups of keys that may differ from the run's: model, objective, optim, tokenizer, data, seed, batch_size.
+    Returns:
+      The keys that differ: (value now, value before).
     Raises:
-      JaxlmError: the directory holds a run that differs in something else; nothing is written.
+      JaxlmError: the directory holds a run that differs in something that is not allowed, or there is no such group.
     """
+    for name in allow:
+      if name not in GROUPS:
+        raise JaxlmError(f'--allow_change: unknown {name!r}. Known: {", ".join(GROUPS)}.{nearest(name, GROUPS)}')
     changes = {}
     if self.config is not None:
       changes = config_module.differences(config, self.config)
-      refused = [key for key in changes if not any(re.fullmatch(p, key) for p in FREE) and group(key) not in allow]
-      lines = [f'{self.path} holds a run with config.{key}={changes[key][1]!r}, now {changes[key][0]!r}; go on with '
-               f'--allow_change={group(key)}, set it back, or use another --workdir.' for key in refused]
-      for name, kind in (('data', data), ('tokenizer', tokenizer)):
-        if self.record and self.record.get(f'{name}_digest') != kind and name not in allow and not lines:
-          lines.append(f'{self.path} was trained with other {name} (digest {_short(self.record.get(f"{name}_digest"))}, '
-                       f'now {_short(kind)}); put the old back, go on with --allow_change={name}, or use another '
-                       '--workdir.')
+      same_tokenizer = self.record.get('tokenizer_digest') == tokenizer
+      may = lambda key: (group(key) in allow or any(re.fullmatch(pattern, key) for pattern in FREE)
+                         or (key == 'data.tokenizer' and same_tokenizer))
+      lines = [f'{self.path} holds a run with config.{key}={before!r}, now {after!r}; go on with '
+               f'--allow_change={group(key)}, set it back, or use another --workdir.'
+               for key, (after, before) in changes.items() if not may(key)]
+      # Another tokenizer makes other token stores of the same text, so their digests say nothing then.
+      name, before, now = (('data', self.record.get('data_digest'), data) if same_tokenizer else
+                           ('tokenizer', self.record.get('tokenizer_digest'), tokenizer))
+      if before != now and name not in allow and not lines:
+        lines = [f'{self.path} was trained with other {name} (digest {_short(before)}, now {_short(now)}); put the old '
+                 f'back, go on with --allow_change={name}, or use another --workdir.']
       if lines:
         raise JaxlmError('\n'.join(lines))
+    return changes
+
+  def accept(self, config: ConfigDict, data: dict[str, str], tokenizer: str, allow: Sequence[str]) -> None:
+    """Records that `config` starts or continues this run, if `check` lets it; then it is the run's config.
+
+    To be called when the state is there: a checkpoint that does not fit must leave the old config in its place.
+    """
+    changes = self.check(config, data, tokenizer, allow)
     if jax.process_index():
       return
     start = {'time': time.strftime('%Y-%m-%dT%H:%M:%S%z'), 'argv': sys.argv, 'devices': [str(d) for d in jax.devices()],
@@ -112,7 +135,7 @@ class RunDirectory:
 def _short(digest: Any) -> str:
   if isinstance(digest, dict):
     return ', '.join(f'{name} {_short(value)}' for name, value in digest.items())
-  return str(digest)[:12]
+  return str(digest)[:12] if digest else 'unknown'
 
 
 def versions() -> dict[str, str]:
