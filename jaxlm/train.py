@@ -177,11 +177,11 @@ class Signals:
       raise KeyboardInterrupt
     self.received = signal.Signals(number).name
 
-  def stop(self) -> bool:
-    """Whether to stop; all processes of a run give the same answer."""
+  def stop(self, together: bool) -> bool:
+    """Whether to stop; all processes of a run give the same answer, for which they must ask `together`."""
     if jax.process_count() == 1:
       return self.received is not None
-    return bool(multihost_utils.process_allgather(np.asarray(self.received is not None)).any())
+    return together and bool(multihost_utils.process_allgather(np.asarray(self.received is not None)).any())
 
   def __exit__(self, *_):
     for number, handler in self.before.items():
@@ -316,8 +316,13 @@ class Journal:
     """Keeps what a step just started will have measured."""
     self._pending = Told(step, examples, metrics)
 
-  def tell(self, position: Position) -> Told | None:
-    """Writes what is kept, and counts it into `position`; returns it if it was not finite."""
+  def tell(self, position: Position, waiting: bool = False) -> Told | None:
+    """Writes what is kept and counts it into `position`; returns it if it was not finite and the run must act on it.
+
+    Args:
+      position: of the run.
+      waiting: no step runs meanwhile, so the time since the last reading tells no speed.
+    """
     told, self._pending = self._pending, None
     if told is None:
       return None
@@ -331,10 +336,10 @@ class Journal:
       self._write(told.step, told.examples[1], position, action)
       self.writer.say(f'{told}; {self.config.on_nonfinite}.')
     if bad or due(told.step, self.config.log_every) or told.step in (1, self.config.steps):
-      speed = self.meter.read(position.tokens)
+      speed = {} if waiting else self.meter.read(position.tokens)
       self._write(told.step, told.examples[1], position, {**told.metrics, **speed})
     self.writer.advance(told.step)
-    return told if bad else None
+    return told if bad and self.config.on_nonfinite != 'skip' else None
 
   def measure(self, step: int, position: Position, state: TrainState, frozen: Tree) -> None:
     """Evaluates and samples; not part of the training time."""
@@ -376,14 +381,14 @@ def run(config: Any, workdir: str, allow_change: Sequence[str] = ()) -> dict[str
     Preempted: it was asked to stop, and saved.
   """
   check.validate(config)
-  with lock(workdir), Signals() as signals:
+  with lock(workdir):
     directory = rundir.RunDirectory(workdir)
     prepared = store.prepare(config)
     parts = Run(config, directory.path, prepared)
     directory.accept(config, {s.name: s.key for s in prepared.stores}, prepared.tokenizer.digest, allow_change)
     if jax.process_index() == 0:
       prepared.tokenizer.save(os.path.join(directory.path, 'tokenizer'))
-    with parts.checkpoints:
+    with parts.checkpoints, Signals() as signals:
       return train(parts, directory.path, signals)
 
 
@@ -403,16 +408,16 @@ def train(parts: Run, workdir: str, signals: Signals) -> dict[str, Any]:
       batch = parts.place(batches.at(first, size, position.skips), size)
       state, metrics = parts.step_fn(state, frozen, batch)
       step, position.examples = step + 1, first + size
-      stop = signals.stop()
+      stop = signals.stop(together=due(step, config.log_every))
       bad = journal.tell(position)  # of the step before, while this one runs
       journal.note(step, (first, first + size), metrics)
       ending = stop or step == config.steps
       if not bad and (ending or due(step, config.eval_every) or due(step, config.save_every)):
-        bad = journal.tell(position)
+        bad = journal.tell(position, waiting=True)
       if bad and config.on_nonfinite == 'stop':
         raise RunFailed(f'{bad}; the last checkpoint is step {checkpoints.latest_valid()}. Lower the rate, or set '
                         "config.on_nonfinite to 'skip' or 'rewind'.")
-      if bad and config.on_nonfinite == 'rewind':
+      if bad:
         step, state, frozen, position = parts.rewind(bad, position)
         journal.back(step, position)
         batches.close()

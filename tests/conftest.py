@@ -4,11 +4,43 @@ import os
 os.environ['JAX_PLATFORMS'] = 'cpu'
 os.environ['XLA_FLAGS'] = os.environ.get('XLA_FLAGS', '') + ' --xla_force_host_platform_device_count=8'
 os.environ['HF_HUB_OFFLINE'] = '1'
+# Many tests compile the same tiny programs.
+os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0.2'
 
 import pytest
 
 
 @pytest.fixture(autouse=True, scope='session')
 def _caches_of_its_own(tmp_path_factory):
-  """Token stores go to a folder of this session's, shared by its tests."""
-  os.environ['XDG_CACHE_HOME'] = str(tmp_path_factory.getbasetemp().parent / 'cache')
+  """Token stores and compiled programs go to a folder of this session's, shared by its tests and what they start."""
+  import jax
+  cache = tmp_path_factory.getbasetemp().parent / 'cache'
+  os.environ['XDG_CACHE_HOME'] = str(cache)
+  os.environ['JAX_COMPILATION_CACHE_DIR'] = str(cache / 'programs')
+  jax.config.update('jax_compilation_cache_dir', str(cache / 'programs'))
+
+
+@pytest.fixture(scope='session')
+def corpus(tmp_path_factory):
+  """A glob of a small corpus: forty text files."""
+  import random
+  folder, rng = tmp_path_factory.mktemp('corpus'), random.Random(0)
+  words = 'the model reads a token and predicts what follows it in every document of this small corpus'.split()
+  for i in range(40):
+    lines = (' '.join(rng.choices(words, k=rng.randint(3, 12))) for _ in range(rng.randint(2, 12)))
+    (folder / f'{i:02d}.txt').write_text('\n'.join(lines) + '\n')
+  return f'{folder}/*.txt'
+
+
+@pytest.fixture
+def tiny(corpus):
+  """A config that trains in seconds: two layers of width 32 on the corpus as bytes."""
+  from jaxlm import config as base
+  config = base.smoke(base.default())
+  config.update(steps=4, batch_size=8, seq_len=32, tensorboard=False)
+  config.model.update(num_layers=2, width=32, vocab_pad_to=64)
+  config.model.mlp.width = 64
+  config.model.attention.update(num_heads=4, num_kv_heads=4, head_dim=8)
+  config.data.update(source='text', paths=corpus, holdout=0.1)
+  config.eval.update(batch_size=8, max_tokens=2048, prompts=())
+  return config
