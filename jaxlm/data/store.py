@@ -81,7 +81,7 @@ class _Builder:
     self.folder, self.source, self.tokenizer, self.holdout = folder, source, tokenizer, settings['holdout']
     vocab = tokenizer.vocab
     self.dtype = '<u2' if vocab.size <= 1 << 16 else '<u4'
-    self.around = [np.array([id] if use else [], self.dtype) for id, use in
+    self.around = [np.array([id] if use else [], np.int32) for id, use in
                    ((vocab.bos, settings['bos']), (vocab.eos, settings['eos']))]
 
   def run(self) -> list[dict]:
@@ -105,7 +105,7 @@ class _Builder:
   def _shard(self, sidecar: Path, documents: Iterator[Document], progress) -> tuple[dict, Iterator[Document]]:
     """Tokenises and seals one shard; returns its sidecar and the documents that are left."""
     bos, eos = self.around
-    rows, tokens, texts = [], [], []
+    rows, digests, tokens, texts = [], [], [], []
     for block in _blocks(documents):
       for document, ids in zip(block, self.tokenizer.encode_batch([d.text for d in block])):
         if not len(ids):
@@ -113,15 +113,18 @@ class _Builder:
         text = document.text.encode()
         digest = hashlib.sha256(text).digest()
         heldout = is_heldout(digest, self.holdout)
-        tokens += [bos, ids.astype(self.dtype), eos]
+        tokens += bos, ids, eos
         if heldout:
           texts.append(text)
-        rows.append((len(bos) + len(ids) + len(eos), document.file, document.offset, len(text),
-                     np.frombuffer(digest[:16], np.uint8), heldout))
+        rows.append((len(bos) + len(ids) + len(eos), document.file, document.offset, len(text), heldout))
+        digests.append(digest[:16])
       progress.update(sum(d.end - d.offset for d in block))
     following = next(documents, None)
-    table = np.array(rows, DOCUMENT)
-    flat = np.concatenate(tokens) if tokens else np.empty(0, self.dtype)
+    table = np.empty(len(rows), DOCUMENT)
+    for name, column in zip(('length', 'file', 'offset', 'text_bytes', 'heldout'), zip(*rows)):
+      table[name] = column
+    table['digest'] = np.frombuffer(b''.join(digests), np.uint8).reshape(-1, 16)
+    flat = np.concatenate([np.empty(0, np.int32), *tokens], dtype=self.dtype, casting='unsafe')  # ids are below the vocabulary's size
     content = dict(bin=flat.tobytes(), txt=b''.join(texts), npy=_npy(table))
     held = table['heldout']
     record = dict(
