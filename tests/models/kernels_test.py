@@ -267,7 +267,7 @@ def test_blockwise_memory_grows_linearly_with_length():
     return compiled.memory_analysis().temp_size_in_bytes
 
   short, long = (temporary_bytes(kernels.blockwise, length) for length in (4096, 16384))
-  assert long <= 4.2 * short  # measured 1.6: a pair of blocks' scores cost the same at any length
+  assert long <= 4.2 * short  # measured 1.2 to 1.7: a pair of blocks' scores cost the same at any length
   assert long < 16384 * 16384 * 4 / 50  # one matrix of scores is 1.07 GB
 
 
