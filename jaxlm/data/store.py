@@ -124,7 +124,8 @@ class _Builder:
     for name, column in zip(('length', 'file', 'offset', 'text_bytes', 'heldout'), zip(*rows)):
       table[name] = column
     table['digest'] = np.frombuffer(b''.join(digests), np.uint8).reshape(-1, 16)
-    flat = np.concatenate([np.empty(0, np.int32), *tokens], dtype=self.dtype, casting='unsafe')  # ids are below the vocabulary's size
+    # unsafe: from int32 to what holds the vocabulary's size, which every id is below
+    flat = np.concatenate([np.empty(0, np.int32), *tokens], dtype=self.dtype, casting='unsafe')
     content = dict(bin=flat.tobytes(), txt=b''.join(texts), npy=_npy(table))
     held = table['heldout']
     record = dict(
