@@ -123,6 +123,8 @@ class Attention(nn.Module):
     drop = None
     if keys_B is not None and attention.dropout:
       drop = lambda probs: dropout(probs, attention.dropout, keys_B, ATTENTION_SITE)
+    if self.is_mutable_collection('attention'):  # somebody asked to see the probabilities
+      drop = lambda probs: (self.sow('attention', 'probs', probs), probs)[1]
     kernel = lookup(KERNELS, attention.kernel, 'attention kernel')
     out_BTNH = kernel(q_BTNH, k_BSKH, v_BSKH, visibility, scale=attention.scale or attention.head_dim ** -0.5,
                       softcap=attention.softcap, bias=bias, dropout=drop, block=attention.block)

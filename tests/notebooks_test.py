@@ -1,0 +1,17 @@
+"""Every notebook runs from top to bottom."""
+import pathlib
+
+import pytest
+
+NOTEBOOKS = sorted((pathlib.Path(__file__).parents[1] / 'notebooks').glob('*.ipynb'))
+
+
+@pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebook_runs(path, tmp_path):
+  nbformat, nbclient = pytest.importorskip('nbformat'), pytest.importorskip('nbclient')
+  pytest.importorskip('matplotlib')
+  notebook = nbformat.read(path, 4)
+  assert not any(cell.get('outputs') for cell in notebook.cells), 'commit notebooks without outputs'
+  nbclient.NotebookClient(notebook, timeout=600, kernel_name='python3', resources={'metadata': {'path': tmp_path}}).execute()
+  pictures = [output for cell in notebook.cells for output in cell.get('outputs', ()) if 'image/png' in output.get('data', {})]
+  assert len(pictures) == 3
