@@ -10,7 +10,7 @@ from typing import Any, Iterator, Mapping
 
 from ml_collections import ConfigDict
 
-from jaxlm.lookup import nearest
+from jaxlm.lookup import closest, nearest
 from jaxlm.schema import SCHEMA, Key
 from jaxlm.types import JaxlmError
 
@@ -160,11 +160,14 @@ def _unknown(path: str) -> str:
     inside = [k for k in KEYS if k.startswith(path + '.')]
     return f'config.{path} is a group of keys' + (f'; set one of them, for instance config.{inside[0]}.' if inside
                                                   else ' that holds none; there is nothing to set.')
-  group = path.rpartition('.')[0]
-  beside = [k for k in KEYS if k.rpartition('.')[0] == group]
-  return f'config.{path} is unknown.' + (nearest(path, beside) or nearest(path, KEYS) or (
-      f' Known there: {", ".join(k.rpartition(".")[2] for k in beside)}.' if beside else
-      f' Known groups: {", ".join(g for g in GROUPS if "." not in g)}.'))
+  group, _, last = path.rpartition('.')
+  beside = {k.rpartition('.')[2]: k for k in KEYS if k.rpartition('.')[0] == group}
+  elsewhere = [k for k in KEYS if k.endswith(f'.{last}')]
+  meant = (beside.get(closest(last, beside)) or (elsewhere[0] if len(elsewhere) == 1 else None)
+           or (None if beside else closest(path, KEYS)))
+  return f'config.{path} is unknown. ' + (
+      f'Did you mean {meant!r}?' if meant else f'Known there: {", ".join(beside)}.' if beside else
+      f'Known groups: {", ".join(g for g in GROUPS if "." not in g)}.')
 
 
 def _read(path: str, text: str) -> Any:

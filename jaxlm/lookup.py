@@ -1,15 +1,20 @@
 """A name becomes a thing: a key of a table, or "package.module:attribute"."""
 import difflib
 import importlib
-from typing import Any, Mapping
+from typing import Any, Iterable, Mapping
 
 from jaxlm.types import JaxlmError
 
 
-def nearest(name: str, known) -> str:
-  """' Did you mean …?' for the known name closest to `name`, or ''."""
-  close = difflib.get_close_matches(str(name), [str(k) for k in known], n=1, cutoff=0.6)
-  return f' Did you mean {close[0]!r}?' if close else ''
+def closest(name: str, known: Iterable[str]) -> str | None:
+  """The known name most like `name`, or None if none is like it."""
+  return next(iter(difflib.get_close_matches(str(name), [str(k) for k in known], n=1, cutoff=0.6)), None)
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+  """' Did you mean …?' for the known name most like `name`, or ''."""
+  found = closest(name, known)
+  return f' Did you mean {found!r}?' if found else ''
 
 
 def lookup(table: Mapping[str, Any], name: str, kind: str) -> Any:

@@ -15,8 +15,8 @@ from jaxlm.types import JaxlmError
 
 programs.define_config()
 WORKDIR = flags.DEFINE_string('workdir', None, 'Run directory; runs/<experiment> with its arguments by default.')
-ALLOW_CHANGE = flags.DEFINE_list('allow_change', [], 'What a resumed run may change, by commas: model, objective, optim, '
-                                 'tokenizer, data, seed, batch_size, precision, …')
+ALLOW_CHANGE = flags.DEFINE_list('allow_change', [], 'What a resumed run may change, by commas: model, objective, '
+                                 'optim, tokenizer, data, seed, batch_size, precision, …')
 PRINT_CONFIG = flags.DEFINE_bool('print_config', False, 'Print the resolved config and what differs from the default, '
                                  'and stop.')
 COORDINATOR = flags.DEFINE_string('coordinator', None, 'host:port of process 0, for a run of several processes.')

@@ -177,7 +177,7 @@ def _parse(argv: list[str]) -> list[str]:
 
 
 def _split(argv: list[str]) -> tuple[list[str], list[tuple[str, str]]]:
-  """(argv without --config.KEY=VALUE, those as (key, text)); --config.KEY VALUE, --config.KEY and --noconfig.KEY too."""
+  """(argv without --config.KEY=VALUE, those as (key, text)); --config.KEY VALUE and --[no]config.KEY too."""
   rest, overrides, left = [], [], iter(argv)
   for arg in left:
     found = re.fullmatch(r'--?(no)?config\.([^=]+)(?:=(.*))?', arg, re.DOTALL)
