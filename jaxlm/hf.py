@@ -235,7 +235,7 @@ def import_params(family: ModuleType, model: ModelConfig, weights: Weights) -> T
 # ---- folders -----------------------------------------------------------------------------------------------------
 
 
-def _model_dict(overrides: Mapping[str, Any]) -> dict[str, Any]:
+def whole_model(overrides: Mapping[str, Any]) -> dict[str, Any]:
   """The `model` part of the default config with overrides. Plain dicts: nothing follows anything any more."""
   def merge(old, new):
     return {k: merge(v, new[k]) if isinstance(v, dict) and k in new else new.get(k, v) for k, v in old.items()}
@@ -267,7 +267,7 @@ def load_folder(path: str | os.PathLike) -> Folder:
   if overrides['num_layers'] > len(weights):
     raise JaxlmError(f'config.json says {overrides["num_layers"]} layers; the weights hold {len(weights)} tensors.')
   values = base.resolved(base.default())
-  values['model'] = _model_dict(overrides)
+  values['model'] = whole_model(overrides)
   values['precision']['params'] = 'bfloat16' if set(weights.dtypes.values()) == {'BF16'} else 'float32'
   tokenizer = path / 'tokenizer.json'
   tokenizer = tokenizer if tokenizer.is_file() else None
@@ -297,18 +297,18 @@ def _their_config(family: ModuleType, model: ModelConfig) -> dict[str, Any]:
   """
   try:
     hf = family.to_hf(model)
-    back = _model_dict(family.from_hf(hf))
+    back = whole_model(family.from_hf(hf))
   except JaxlmError as e:
     raise JaxlmError(f'A {family.MODEL_TYPE} folder cannot hold this model: {e}') from None
-  theirs = _computed(back)
-  for path, value in _computed({k: v for k, v in dataclasses.asdict(model).items() if k in back}).items():
+  theirs = computed(back)
+  for path, value in computed({k: v for k, v in dataclasses.asdict(model).items() if k in back}).items():
     if theirs.get(path) != value:
       raise JaxlmError(f'A {family.MODEL_TYPE} folder cannot hold config.model.{path.replace("/", ".")}={value!r}; it '
                        f'would read back as {theirs.get(path)!r}.')
   return hf
 
 
-def _computed(model: Mapping[str, Any], start: str = '') -> dict[str, Any]:
+def computed(model: Mapping[str, Any], start: str = '') -> dict[str, Any]:
   """{path: value} of what decides what a model computes; keys that are not read, or only steer training, left out."""
   out: dict[str, Any] = {}
   for key, value in model.items():
@@ -317,7 +317,7 @@ def _computed(model: Mapping[str, Any], start: str = '') -> dict[str, Any]:
       read = ROPE_KEYS.get(value['scaling'], value) if model['kind'] == 'rope' else ()
       out.update({f'{path}/{k}': v for k, v in value.items() if k in read})
     elif isinstance(value, dict):
-      out.update(_computed(value, path + '/'))
+      out.update(computed(value, path + '/'))
     elif not FREE.fullmatch(path):
       out[path] = value
   return out

@@ -1,4 +1,4 @@
-"""Hugging Face folders: logits, continuations and caches as the reference's; export undoes import; bad ones are refused."""
+"""Hugging Face folders: logits, continuations, caches as the reference's; export undoes import; bad ones refused."""
 import dataclasses as d
 import json
 import struct
@@ -134,8 +134,7 @@ def test_export_of_an_import_is_the_identity_and_loads_in_the_reference(pair, tm
 
 @pytest.mark.parametrize('case, body', [(GPT2, 'GPT2Model'), (LLAMA, 'LlamaModel')])
 def test_architectures_decide_whether_a_body_or_a_headed_model_loads(case, body, tmp_path):
-  import torch
-  model = reference(case | dict(architectures=[body]))
+  model, torch = reference(case | dict(architectures=[body])), pytest.importorskip('torch')
   model.save_pretrained(tmp_path / 'in')
   ours = hf.load_folder(tmp_path / 'in')
   assert not ours.headed and 'head' not in ours.params
@@ -160,9 +159,10 @@ def test_architectures_decide_whether_a_body_or_a_headed_model_loads(case, body,
 def make(folder, case=LLAMA, dtype=np.float32, config=(), change=lambda tensors: None, **save):
   """A folder with random weights, some of it spoilt; everything is what the family's table says it is."""
   family = {'gpt2': gpt2, 'llama': llama}[case['model_type']]
-  model = freeze(hf._model_dict(family.from_hf(case)), vocab_size=case['vocab_size'], visibility='causal')
+  model = freeze(hf.whole_model(family.from_hf(case)), vocab_size=case['vocab_size'], visibility='causal')
   rng = np.random.default_rng(0)
-  params = trees.unflatten({path: rng.normal(size=shape).astype(dtype) for path, shape in hf.param_shapes(model).items()})
+  params = trees.unflatten({path: rng.normal(size=shape).astype(dtype)
+                            for path, shape in hf.param_shapes(model).items()})
   hf.save_folder(folder, model, params, **save)
   if config:
     (folder / 'config.json').write_text(json.dumps(json.loads((folder / 'config.json').read_text()) | dict(config)))
@@ -240,13 +240,15 @@ SPOILT = {
     'a layer less': (dict(config=dict(num_hidden_layers=2)), 'hold model.layers.2.* and 6 more'),
     'absurd depth': (dict(config=dict(num_hidden_layers=10**9)), '1000000000 layers; the weights hold 30 tensors'),
     'absurd width': (dict(config=dict(intermediate_size=2**31 - 1)), 'config.json calls for'),
-    'misshapen': (dict(change=lambda t: t.update({Q: t[Q].T.copy()})), r'shape \(48, 32\); config.json calls for \(32, 48\)'),
+    'misshapen': (dict(change=lambda t: t.update({Q: t[Q].T.copy()})),
+                  r'shape \(48, 32\); config.json calls for \(32, 48\)'),
     'other vocabulary': (dict(config=dict(vocab_size=130)), r'has shape \(131, 48\); config.json calls for \(130, 48\)'),
     'integers': (dict(change=lambda t: t.update({Q: t[Q].astype(np.int32)})), f'{Q} is I32; F32, F16, BF16 are read'),
     'a name like a path': (dict(change=lambda t: t.update({'../../etc/x': t[Q]})), "named '../../etc/x'"),
     'a name like a drive': (dict(change=lambda t: t.update({'C:\\x': t[Q]})), 'is no name of a parameter'),
     'tied but different': (dict(config=dict(tie_word_embeddings=True)), 'but lm_head.weight and .* differ'),
-    'unknown architecture': (dict(config=dict(architectures=['LlamaForX'])), 'known for model_type .llama.: LlamaForCausalLM'),
+    'unknown architecture': (dict(config=dict(architectures=['LlamaForX'])),
+                             'known for model_type .llama.: LlamaForCausalLM'),
     'odd architectures': (dict(config=dict(architectures=[['x']])), 'architectures is'),
     'unknown model type': (dict(config=dict(model_type='lama')), "Did you mean 'llama'"),
     'another switch': (dict(config=dict(attention_sinks=4)), 'attention_sinks=4 is not understood'),
@@ -320,7 +322,8 @@ def test_missing_and_pickled_files_are_named(tmp_path):
 def test_a_model_that_the_family_cannot_hold_is_not_exported(tmp_path):
   model, params = make(tmp_path / 'a')
   other = lambda **values: d.replace(model, attention=d.replace(model.attention, **values))
-  for wrong, told in ((other(qk_norm='head'), "attention.qk_norm='head'; it would read back as 'none'"), (other(softcap=3.0), 'attention.softcap=3.0'),
+  for wrong, told in ((other(qk_norm='head'), "attention.qk_norm='head'; it would read back as 'none'"),
+                      (other(softcap=3.0), 'attention.softcap=3.0'),
                       (other(windows=(0, 16)), 'attention.windows'), (other(scale=0.5), 'attention.scale=0.5'),
                       (d.replace(model, mlp=d.replace(model.mlp, gated=False)), 'mlp.gated=False'),
                       (d.replace(model, family='gpt3'), 'no Hugging Face form'),

@@ -42,7 +42,8 @@ def test_groups_of_queries_with_their_key_and_value_come_apart():
   np.testing.assert_array_equal(v, by_group[:, 3].transpose(2, 0, 1))
 
 
-PATTERNS = sorted({bijection for family in table.FAMILIES.values() for _, _, bijection in getattr(family, 'TEMPLATES', ())}
+PATTERNS = sorted({bijection for family in table.FAMILIES.values()
+                   for _, _, bijection in getattr(family, 'TEMPLATES', ())}
                   | {'(n (h | h | h)) d -> d n h, d n h, d n h', '(k (g h | h | h)) d -> d (k g) h, d k h, d k h',
                      '(f | f) d -> d f, d f'})
 

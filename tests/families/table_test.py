@@ -23,7 +23,7 @@ SIZES = [(name, size) for name, family in table.FAMILIES.items() for size in fam
 
 
 def frozen(overrides, vocab_size):
-  return freeze(hf._model_dict(overrides), vocab_size=vocab_size, visibility='causal')
+  return freeze(hf.whole_model(overrides), vocab_size=vocab_size, visibility='causal')
 
 
 @pytest.mark.parametrize('name, size', [(n, s) for n, sizes in PUBLISHED.items() for s in sizes])
@@ -55,8 +55,8 @@ def experiment(name, arg):
 def test_every_experiment_is_valid_at_every_size_and_trains_the_model_of_that_size(name, size):
   config = experiment(name, f'size={size}')
   assert base.faults(config) == []
-  whole = hf._model_dict(table.FAMILIES[name].SIZES[size])
-  assert hf._computed(base.resolved(config)['model']) == hf._computed(whole)
+  whole = hf.whole_model(table.FAMILIES[name].SIZES[size])
+  assert hf.computed(base.resolved(config)['model']) == hf.computed(whole)
 
 
 @pytest.mark.parametrize('name, size', SIZES)
@@ -83,4 +83,4 @@ def test_config_of_every_size_survives_hugging_face(name):
   family = table.FAMILIES[name]
   for overrides in family.SIZES.values():
     model = frozen(overrides, 1000)
-    assert hf._computed(hf._model_dict(family.from_hf(family.to_hf(model)))) == hf._computed(hf._model_dict(overrides))
+    assert hf.computed(hf.whole_model(family.from_hf(family.to_hf(model)))) == hf.computed(hf.whole_model(overrides))
