@@ -1,0 +1,102 @@
+"""Imports point one way, and importing never pulls in another framework."""
+import ast
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+# A module imports only what stands above it.
+ORDER = """
+types lookup schema config trees sharding objectives
+data.tokenizers data.sources data.shards data.store data.mixtures data.plans data.pipeline
+models.config models.layers models.positions models.kernels models.attention models.transformer models.cost
+families.keys families.bijections families.gpt2 families.gpt3 families.llama families.table
+losses optim metrics pictures seal checkpoint rundir sampling hf decode lm evaluators check train programs
+generate main prepare
+""".split()
+BLIND = {'objectives', 'data', 'models'}  # do not see each other
+PROGRAMS = ORDER[ORDER.index('programs') + 1:]
+FORBIDDEN = ('torch', 'transformers', 'tensorflow')
+
+
+def modules() -> dict[str, pathlib.Path]:
+  paths = (p for p in (ROOT / 'jaxlm').rglob('*.py') if p.name != '__init__.py')
+  return {'.'.join(p.relative_to(ROOT / 'jaxlm').with_suffix('').parts): p for p in paths}
+
+
+def imported(path: pathlib.Path) -> set[str]:
+  """Every module that a file imports, wherever in it."""
+  found = set()
+  for node in ast.walk(ast.parse(path.read_text(encoding='utf-8'))):
+    if isinstance(node, ast.Import):
+      found |= {alias.name for alias in node.names}
+    elif isinstance(node, ast.ImportFrom):
+      assert not node.level, f'{path}: a relative import'
+      found |= {f'{node.module}.{alias.name}' for alias in node.names}
+  return found
+
+
+def seen(path: pathlib.Path) -> set[str]:
+  """The modules of jaxlm among them: of 'jaxlm.data.store.Store' the longest part that is one."""
+  names = {name.removeprefix('jaxlm.') for name in imported(path) if name.partition('.')[0] == 'jaxlm'}
+  known = modules()
+  return {name if name in known else name.rpartition('.')[0] or name for name in names}
+
+
+def test_every_module_has_a_place_in_the_order():
+  assert sorted(modules()) == sorted(ORDER)
+
+
+@pytest.mark.parametrize('module', ORDER)
+def test_a_module_imports_only_what_stands_above_it(module):
+  assert seen(modules()[module]) <= set(ORDER[:ORDER.index(module)])
+
+
+@pytest.mark.parametrize('module', ORDER)
+def test_objectives_data_and_models_do_not_see_each_other(module):
+  package = module.partition('.')[0]
+  if package in BLIND:
+    assert not {name.partition('.')[0] for name in seen(modules()[module])} & (BLIND - {package})
+
+
+def test_programs_do_not_see_each_other_and_nothing_sees_them():
+  for module, path in modules().items():
+    assert not seen(path) & (set(PROGRAMS) - {module}), module
+
+
+def test_data_and_objectives_do_not_import_jax():
+  for module, path in modules().items():
+    if module.partition('.')[0] in ('data', 'objectives'):
+      assert not {name.partition('.')[0] for name in imported(path)} & {'jax', 'flax', 'optax'}, module
+
+
+def test_experiments_see_config_and_families_alone():
+  for path in (ROOT / 'experiments').glob('*.py'):
+    assert all(name == 'config' or name.startswith('families') for name in seen(path)), path
+
+
+def test_packages_have_empty_inits():
+  inits = [p for p in (ROOT / 'jaxlm').rglob('__init__.py') if p.parent != ROOT / 'jaxlm']
+  assert inits and not any(p.read_text() for p in inits)
+
+
+IMPORT_ALL = """
+import sys
+from absl import flags
+import jaxlm
+assert not set(sys.modules) & {{'jax', 'numpy'}}, 'import jaxlm is instant'
+for module in {modules}:
+  before = set(flags.FLAGS)
+  __import__('jaxlm.' + module)
+  flags.FLAGS.remove_flag_values(sorted(set(flags.FLAGS) - before))  # programs share names of flags
+  assert not set(sys.modules) & {forbidden}, module
+"""
+
+
+def test_importing_never_imports_torch_transformers_or_tensorflow():
+  code = IMPORT_ALL.format(modules=ORDER, forbidden=set(FORBIDDEN))
+  done = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+  assert done.returncode == 0, done.stderr
