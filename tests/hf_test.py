@@ -36,9 +36,11 @@ CASES = {
     'llama_linear': LLAMA | dict(rope_scaling=dict(type='linear', factor=3.0)),
     'llama_yarn': LLAMA | dict(rope_scaling=dict(rope_type='yarn', factor=4.0, original_max_position_embeddings=16)),
     'llama_yarn_mscale': LLAMA | dict(rope_scaling=dict(
-        rope_type='yarn', factor=4.0, original_max_position_embeddings=16, mscale=0.7, mscale_all_dim=1.0, beta_fast=8)),
+        rope_type='yarn', factor=4.0, original_max_position_embeddings=16, mscale=0.7, mscale_all_dim=1.0,
+        beta_fast=8)),
     'llama_llama3': LLAMA | dict(rope_scaling=dict(
-        rope_type='llama3', factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=16)),
+        rope_type='llama3', factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0,
+        original_max_position_embeddings=16)),
 }
 
 
@@ -242,7 +244,8 @@ SPOILT = {
     'absurd width': (dict(config=dict(intermediate_size=2**31 - 1)), 'config.json calls for'),
     'misshapen': (dict(change=lambda t: t.update({Q: t[Q].T.copy()})),
                   r'shape \(48, 32\); config.json calls for \(32, 48\)'),
-    'other vocabulary': (dict(config=dict(vocab_size=130)), r'has shape \(131, 48\); config.json calls for \(130, 48\)'),
+    'other vocabulary': (dict(config=dict(vocab_size=130)),
+                         r'has shape \(131, 48\); config.json calls for \(130, 48\)'),
     'integers': (dict(change=lambda t: t.update({Q: t[Q].astype(np.int32)})), f'{Q} is I32; F32, F16, BF16 are read'),
     'a name like a path': (dict(change=lambda t: t.update({'../../etc/x': t[Q]})), "named '../../etc/x'"),
     'a name like a drive': (dict(change=lambda t: t.update({'C:\\x': t[Q]})), 'is no name of a parameter'),

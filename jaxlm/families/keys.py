@@ -132,7 +132,8 @@ def rope(given: Mapping[str, Any], head_dim: int, max_length: int) -> dict[str, 
     theirs['original_max_position_embeddings'] = check('original_max_position_embeddings', trained or max_length, int)
   if kind == 'yarn':
     _finish_yarn(theirs, max_length)
-  if any(part not in (1, None) for part in (theirs.pop('partial_rotary_factor', 1), given.get('partial_rotary_factor'))):
+  rotated = theirs.pop('partial_rotary_factor', None), given.get('partial_rotary_factor')
+  if any(part not in (1, None) for part in rotated):
     raise JaxlmError('config.json: partial_rotary_factor must be 1 here; this family rotates whole heads.')
   if head_dim % 2:
     raise JaxlmError(f'config.json: rotary positions need heads of an even size; got head_dim={head_dim}.')
