@@ -156,7 +156,7 @@ def _check(model: Transformer, prompts: Sequence[Ids], max_new_tokens: int, eos:
 
 def _read(model: Transformer, params: Tree, program: Program, batch: dict[str, Array], cache: list[LayerCache],
           last_B: Array) -> tuple[Array, list[LayerCache]]:
-  """(float32 logits [B, V] at column last_B of the batch, -inf beyond the vocabulary; the cache with the batch in it)."""
+  """(float32 logits at column last_B, -inf beyond the vocabulary; the cache with the batch in it)."""
   out = model.apply({'params': params}, batch, cache, with_logits=False)
   hidden_B1D = jnp.take_along_axis(out.hidden, last_B[:, None, None], axis=1)
   logits_BV = model.apply({'params': params}, hidden_B1D, method='logits')[:, 0]
@@ -229,7 +229,8 @@ def _start(model, params, program, numbers, inputs, length) -> tuple[Rows, Array
   logits_BV, cache, seen_BV = _prefill(model, params, program, inputs, length)
   ids_B = choose(program, numbers, logits_BV, seen_BV, inputs.rows_B, inputs.lengths_B)
   empty_B = inputs.lengths_B == 0
-  state = Rows(cache, seen_BV, ids_B, inputs.lengths_B, empty_B | ends(program, ids_B), inputs.rows_B)
+  done_B = _whole(model, empty_B | ends(program, ids_B))
+  state = Rows(cache, seen_BV, ids_B, inputs.lengths_B, done_B, inputs.rows_B)
   return state, _whole(model, jnp.where(empty_B, NONE, ids_B)[:, None])
 
 
@@ -255,11 +256,11 @@ def _block(model, params, program, numbers, state, stopped_B, steps) -> tuple[Ro
 
   empty_BT = jnp.full((state.newest_B.shape[0], BLOCK), NONE, jnp.int32)
   _, state, ids_BT = jax.lax.while_loop(more, body, (jnp.int32(0), state, empty_BT))
-  return state, _whole(model, ids_BT)
+  return state.replace(done_B=_whole(model, state.done_B)), _whole(model, ids_BT)
 
 
 def _whole(model: Transformer, x: Array) -> Array:
-  """Replicated: every process of a run reads the same ids, and decides the same."""
+  """Replicated: every process of a run reads the same, and decides the same."""
   return jax.lax.with_sharding_constraint(x, model.layout.replicated)
 
 

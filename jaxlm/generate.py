@@ -14,7 +14,7 @@ _MODEL = flags.DEFINE_string('model', None, 'A run directory, or a Hugging Face 
 _PROMPT = flags.DEFINE_multi_string('prompt', [], 'Text to continue; may be given several times.')
 _PROMPT_FILE = flags.DEFINE_multi_string('prompt_file', [], 'A file whose whole text is a prompt; may be repeated.')
 _MAX_NEW_TOKENS = flags.DEFINE_integer('max_new_tokens', 64, 'Length of a continuation in tokens, at most.')
-_TEMPERATURE = flags.DEFINE_float('temperature', 0.0, 'Logits are divided by it before drawing; 0: the likeliest token.')
+_TEMPERATURE = flags.DEFINE_float('temperature', 0.0, 'Divides logits before drawing; 0: the likeliest token.')
 _TOP_K = flags.DEFINE_integer('top_k', 0, 'Draw among so many likeliest tokens; 0: all.')
 _TOP_P = flags.DEFINE_float('top_p', 1.0, 'Draw among the fewest tokens that reach this probability; 1: all.')
 _REPETITION_PENALTY = flags.DEFINE_float('repetition_penalty', 1.0, 'Above 1 makes what was said less likely; 1: none.')
@@ -34,7 +34,8 @@ def main(argv: list[str]) -> None:
     raise JaxlmError('--model is missing; give a run directory or a Hugging Face folder.')
   prompts = list(_PROMPT.value) + [_read(file) for file in _PROMPT_FILE.value]
   if not prompts:
-    raise JaxlmError('There is nothing to continue; give --prompt=TEXT or --prompt_file=FILE (--prompt= begins a text).')
+    raise JaxlmError('There is nothing to continue; give --prompt=TEXT or --prompt_file=FILE (--prompt= begins a '
+                     'text).')
   model = lm.load(_MODEL.value, dtype=_DTYPE.value)
   continuations = model.generate(
       prompts, max_new_tokens=_MAX_NEW_TOKENS.value, temperature=_TEMPERATURE.value, top_k=_TOP_K.value,

@@ -189,8 +189,8 @@ class LM:
 
   def _needs_head(self, what: str) -> None:
     if not self._headed:
-      raise JaxlmError(f'{what} needs an output layer, and this folder holds a body without one (`architectures` in its '
-                       'config.json); only hidden and embed work.')
+      raise JaxlmError(f'{what} needs an output layer, and this folder holds a body without one (`architectures` in '
+                       'its config.json); only hidden and embed work.')
 
   def _ids(self, text: Text) -> list[int]:
     if not isinstance(text, str):

@@ -47,10 +47,10 @@ def test_prompts_are_printed_with_their_continuations(fake, capsys, tmp_path):
 
 @pytest.mark.parametrize('flags, line', [
     (('--prompt=a',), 'error: --model is missing; give a run directory or a Hugging Face folder.'),
-    (('--model=m',), 'error: There is nothing to continue; give --prompt=TEXT or --prompt_file=FILE (--prompt= begins a '
-     'text).'),
-    (('--model=m', '--prompt_file=nowhere'), 'error: --prompt_file=nowhere cannot be read as UTF-8 text: No such file or '
-     'directory.'),
+    (('--model=m',), 'error: There is nothing to continue; give --prompt=TEXT or --prompt_file=FILE '
+     '(--prompt= begins a text).'),
+    (('--model=m', '--prompt_file=nowhere'), 'error: --prompt_file=nowhere cannot be read as UTF-8 text: '
+     'No such file or directory.'),
     (('--model=m', '--prompt=a', 'b'), "error: Unknown argument 'b'"),
     (('--model=m', '--prompt=a', '--top_k=many'), 'error: flag --top_k=many'),
 ])
@@ -71,6 +71,6 @@ def test_a_missing_run_is_one_line_for_the_whole_program(tmp_path):
 def test_help_tells_every_flag(capsys):
   assert outcome('--help') == 0
   told = capsys.readouterr().out
-  for flag in ('model', 'prompt', 'prompt_file', 'max_new_tokens', 'temperature', 'top_k', 'top_p', 'repetition_penalty',
-               'seed', 'num_beams', 'length_penalty', 'stop', 'dtype'):
+  for flag in ('model', 'prompt', 'prompt_file', 'max_new_tokens', 'temperature', 'top_k', 'top_p',
+               'repetition_penalty', 'seed', 'num_beams', 'length_penalty', 'stop', 'dtype'):
     assert f'--{flag}:' in told or f'--[no]{flag}:' in told

@@ -31,7 +31,8 @@ def make_model(config, tokenizer):
   """(model, params), parameters drawn with NumPy."""
   model = Transformer(freeze(base.resolved(config)['model'], vocab_size=tokenizer.vocab.size, visibility='causal'),
                       sharding.single(config.sharding.rules))
-  shapes = nn.meta.unbox(jax.eval_shape(model.init, jax.random.key(0), {'tokens': jnp.zeros((1, 4), jnp.int32)})['params'])
+  dummy = {'tokens': jnp.zeros((1, 4), jnp.int32)}
+  shapes = nn.meta.unbox(jax.eval_shape(model.init, jax.random.key(0), dummy)['params'])
   rng = np.random.default_rng(0)
   return model, jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape) * 0.3, x.dtype), shapes)
 
