@@ -33,11 +33,13 @@ def flops_per_token(config: ModelConfig, seq_len: int, training: bool = True) ->
   """Floating-point operations of the model for one token, a multiply-add counted as two.
 
   Matrix products only, attention counted as the mask requires, the backward pass as twice the forward; what remat
-  computes again does not count, so MFU measures useful work (Chowdhery et al. 2022, PaLM, appendix B, but for the mask).
+  computes again does not count, so MFU measures useful work. Embedding rows that only round the vocabulary up do not
+  count either.
 
   Args:
     seq_len: tokens a row, one document.
     training: forward and backward; False: forward alone.
+  Source: Chowdhery et al. 2022, PaLM, appendix B, but for the mask.
   """
   attention, mlp, width = config.attention, config.mlp, config.width
   projections = width * attention.head_dim * (2 * attention.num_heads + 2 * attention.num_kv_heads)

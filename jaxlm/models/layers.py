@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from jaxlm.lookup import lookup
 from jaxlm.models.config import ModelConfig
 from jaxlm.types import Array
 
@@ -129,7 +130,7 @@ class Mlp(nn.Module):
   def __call__(self, x_BTD: Array) -> Array:
     mlp, width = self.config.mlp, self.config.width
     into = lambda name: Dense(self.config, (mlp.width,), ('embed', 'mlp'), bias=mlp.bias, name=name)
-    act = ACTIVATIONS[mlp.activation]
+    act = lookup(ACTIVATIONS, mlp.activation, 'activation')
     h_BTF = act(into('gate')(x_BTD)) * into('up')(x_BTD) if mlp.gated else act(into('up')(x_BTD))
     h_BTF = checkpoint_name(self.constrain(h_BTF, 'act_batch', 'act_length', 'act_mlp'), 'mlp_hidden')
     return Dense(self.config, (width,), ('mlp', 'embed'), bias=mlp.bias, residual=True, name='down')(h_BTF)

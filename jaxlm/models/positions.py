@@ -5,6 +5,7 @@ from typing import Callable
 import jax.numpy as jnp
 import numpy as np
 
+from jaxlm.lookup import lookup
 from jaxlm.models.config import RopeConfig
 from jaxlm.types import Array
 
@@ -39,11 +40,15 @@ def _linear(rope: RopeConfig, head_dim: int) -> tuple[np.ndarray, float]:
 
 def _ntk(rope: RopeConfig, head_dim: int) -> tuple[np.ndarray, float]:
   """A larger base, so that the longest wavelength grows by the factor and the shortest stays (NTK-aware)."""
-  return _inverse_wavelengths(rope.base * rope.factor ** (head_dim / (head_dim - 2)), head_dim), 1.0
+  # A head of one pair has the shortest wavelength alone, whatever the base.
+  return _inverse_wavelengths(rope.base * rope.factor ** (head_dim / max(head_dim - 2, 1)), head_dim), 1.0
 
 
 def _yarn(rope: RopeConfig, head_dim: int) -> tuple[np.ndarray, float]:
-  """Fast dimensions kept, slow ones interpolated, a ramp between; scores sharpened (Peng et al. 2023, arXiv:2309.00071)."""
+  """Fast dimensions kept, slow ones interpolated, a ramp between; scores sharpened.
+
+  Source: Peng et al. 2023, YaRN, arXiv:2309.00071, section 3.
+  """
   freqs = _inverse_wavelengths(rope.base, head_dim)
   dim_of = lambda turns: head_dim * math.log(rope.original_length / (turns * 2 * math.pi)) / (2 * math.log(rope.base))
   low, high = max(math.floor(dim_of(rope.beta_fast)), 0), min(math.ceil(dim_of(rope.beta_slow)), head_dim - 1)
@@ -72,7 +77,7 @@ def rope_tables(positions_BT: Array, rope: RopeConfig, head_dim: int) -> tuple[A
   """
   if head_dim % 2:
     raise ValueError(f'rope needs an even head_dim; got {head_dim}.')
-  freqs, factor = ROPE_SCALINGS[rope.scaling](rope, head_dim)
+  freqs, factor = lookup(ROPE_SCALINGS, rope.scaling, 'rope scaling')(rope, head_dim)
   # float32 loses the angle of position 10⁶ only by 0.06; the references compute in it, too.
   angles = positions_BT[..., None].astype(jnp.float32) * freqs.astype(np.float32)
   return jnp.cos(angles) * factor, jnp.sin(angles) * factor
@@ -114,4 +119,5 @@ def alibi_bias(slopes_N: Array, position_q_BT: Array, position_k_BS: Array) -> A
 
 
 POSITIONS = {'learned': 'a table added to embeddings', 'sinusoidal': 'sines added to embeddings',
-             'rope': 'queries and keys rotated', 'alibi': 'scores fall with distance', 'none': 'order by visibility alone'}
+             'rope': 'queries and keys rotated', 'alibi': 'scores fall with distance',
+             'none': 'order by visibility alone'}

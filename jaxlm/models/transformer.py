@@ -12,9 +12,9 @@ from jaxlm.lookup import lookup
 from jaxlm.models.attention import Attention, LayerCache, Tokens
 from jaxlm.models.config import ModelConfig, segments
 from jaxlm.models.layers import Embedding, Mlp, Norm, dropout, example_keys, fold, softcap
-from jaxlm.models.positions import rope_tables, sinusoidal
+from jaxlm.models.positions import POSITIONS, rope_tables, sinusoidal
 from jaxlm.sharding import Layout
-from jaxlm.types import Array, Output, Tree
+from jaxlm.types import Array, JaxlmError, Output, Tree
 
 NO_WINDOW = 1 << 30
 BRANCH_SITES = (1, 2)  # dropout after attention, after the MLP; attention.py has site 0
@@ -27,7 +27,7 @@ REMAT = {
     'dots': lambda names: jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     'names': lambda names: jax.checkpoint_policies.save_only_these_names(*names),
 }
-REMAT_NAMES = ('attention_out', 'mlp_hidden')  # what `names` may keep
+REMAT_NAMES = ('attention_out', 'attention_lse', 'mlp_hidden')  # what `names` may keep; the second is blockwise's
 
 
 @flax.struct.dataclass
@@ -78,17 +78,17 @@ class Period(nn.Module):
 
   @nn.compact
   def __call__(self, x_BTD: Array, context: Context, layers: Array, windows: Array | None) -> tuple[Array, None]:
-    block = _block_class(self.config)
+    block = _block_class(self.config, scanned=True)
     for slot in range(layers.shape[0]):
       window = None if windows is None else windows[slot]
       x_BTD, _ = block(self.config, self.layout, name=f'slot_{slot}')(x_BTD, context, layers[slot], window)
     return x_BTD, None
 
 
-def _block_class(config: ModelConfig):
+def _block_class(config: ModelConfig, scanned: bool):
   policy = lookup(REMAT, config.remat, 'remat policy')
   # prevent_cse guards against a merge that cannot happen inside scan, and costs.
-  return Block if policy is None else nn.remat(Block, policy=policy(config.remat_names), prevent_cse=not config.scan)
+  return Block if policy is None else nn.remat(Block, policy=policy(config.remat_names), prevent_cse=not scanned)
 
 
 class Stack(nn.Module):
@@ -105,7 +105,7 @@ class Stack(nn.Module):
                cache: list[LayerCache] | None = None) -> tuple[Array, list[LayerCache] | None]:
     config = self.config
     windows = np.asarray([config.window(i) or NO_WINDOW for i in range(config.num_layers)], np.int32)
-    block = _block_class(config)
+    block = _block_class(config, scanned=False)
     if not config.scan:
       new = []
       for i in range(config.num_layers):
@@ -114,7 +114,8 @@ class Stack(nn.Module):
         new.append(layer_cache)
       return x_BTD, None if cache is None else new
     if cache is not None:
-      raise ValueError('A scanned stack takes no cache; decode with scan=False and unstacked parameters, as jaxlm.load does.')
+      raise ValueError('A scanned stack takes no cache; decode with scan=False and unstacked parameters, as jaxlm.load '
+                       'does.')
     cut = segments(config.layer_kinds())
     single = lambda i, name: block(config, self.layout, name=name)
     first, last = len(cut.prefix), config.num_layers - len(cut.suffix)
@@ -173,6 +174,9 @@ class Transformer(nn.Module):
 
   def setup(self):
     config = self.config
+    if config.positions.kind not in POSITIONS:
+      raise JaxlmError(f'config.model.positions.kind: {config.positions.kind!r} is not built in, and positions take no '
+                       f'"module:attribute"; choose one of {", ".join(POSITIONS)}.')
     self.embed = Embedding(config, config.padded_vocab, ('vocab', 'embed'))
     if config.positions.kind == 'learned':
       self.position_embed = Embedding(config, config.max_length, (None, 'embed'))
@@ -234,4 +238,3 @@ class Transformer(nn.Module):
                             preferred_element_type=jnp.float32)
     logits_BTV = self.layout.constrain(logits_BTV, 'act_batch', 'act_length', 'act_vocab')
     return softcap(logits_BTV, self.config.logit_softcap)
-

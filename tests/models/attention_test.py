@@ -1,0 +1,112 @@
+"""The attention layer's cache: decoding a token at a time is the full forward."""
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxlm.models.attention import LayerCache, Tokens, _write, init_cache
+from jaxlm.models.transformer import unstack
+
+# float32 sums in another order, logits of about 3; measured max 4e-6.
+ATOL = 2e-5
+# These tests compile much and run little; without LLVM's optimizations they take half as long.
+_jit = functools.partial(jax.jit, compiler_options={'xla_backend_optimization_level': 0})
+
+
+def _attention(**changes):
+  return dict(block=4) | changes
+
+
+def _unrolled(model, params):
+  """The same model with a program a layer, as decoding uses it."""
+  config = dataclasses.replace(model.config, scan=False)
+  return model.clone(config=config), unstack(params, model.config)
+
+
+def _decode(model, params, tokens_BT, lengths_B, chunks):
+  """Logits by prefills of the given sizes, cut ragged at `lengths_B`, then a token at a time to the end."""
+  B, T = tokens_BT.shape
+  unrolled, layers = _unrolled(model, params)
+  cache, logits = init_cache(model.config, B, T), np.full((B, T, 32), np.nan)
+  apply = _jit(lambda batch, cache: unrolled.apply({'params': layers}, batch, cache))
+
+  def run(first_B, size, end_B):
+    nonlocal cache
+    positions = first_B[:, None] + np.arange(size)
+    real = positions < end_B[:, None]
+    batch = {'tokens': np.take_along_axis(tokens_BT, np.minimum(positions, T - 1), 1), 'positions': positions,
+             'segment_ids': real.astype(np.int32)}
+    output = apply({k: jnp.asarray(v, jnp.int32) for k, v in batch.items()}, cache)
+    cache = output.cache
+    for b, i in zip(*np.nonzero(real)):
+      logits[b, positions[b, i]] = output.logits[b, i]
+
+  at = 0
+  for size in chunks:
+    run(np.full(B, at), size, lengths_B)
+    at += size
+  while (lengths_B < T).any():
+    run(lengths_B, 1, np.full(B, T))
+    lengths_B = np.minimum(lengths_B + 1, T)
+  return logits
+
+
+@pytest.mark.parametrize('kind, changes, chunks', [
+    ('learned', dict(), (9,)),
+    ('sinusoidal', dict(windows=(5, 0)), (9,)),
+    ('rope', dict(windows=(0, 4), num_kv_heads=2), (9,)),                      # a ring shorter than the prefill
+    ('alibi', dict(windows=(3, 4)), (5, 4)),                                   # a ring prefilled in two parts
+    ('none', dict(windows=(6,), kernel='blockwise'), (4, 5)),
+    ('rope', dict(windows=(4, 0), kernel='blockwise', num_kv_heads=1), (9,)),
+])
+def test_decoding_with_a_cache_equals_the_full_forward(kind, changes, chunks, model_of, params_of):
+  model = model_of(positions=dict(kind=kind), attention=_attention(**changes))
+  params = params_of(model)
+  tokens_BT = np.random.default_rng(0).integers(0, 29, (3, 14))
+  want = _jit(model.apply)({'params': params}, {'tokens': jnp.asarray(tokens_BT)}).logits
+  got = _decode(model, params, tokens_BT, np.array([9, 5, 1]), chunks)
+  np.testing.assert_allclose(got, want, atol=ATOL)
+
+
+def test_prompts_padded_on_the_left_decode_the_same(model_of, params_of):
+  model = model_of(positions=dict(kind='rope'), attention=_attention(windows=(0, 4)))
+  params = params_of(model)
+  tokens_BT = np.random.default_rng(0).integers(0, 29, (2, 8))
+  want = _jit(model.apply)({'params': params}, {'tokens': jnp.asarray(tokens_BT)}).logits
+  unrolled, layers = _unrolled(model, params)
+  pad_B = np.array([0, 3])
+  positions = np.arange(8) - pad_B[:, None]
+  shifted = np.take_along_axis(tokens_BT, np.maximum(positions, 0), 1)
+  batch = {'tokens': shifted, 'positions': np.maximum(positions, 0), 'segment_ids': positions >= 0}
+  batch = {k: jnp.asarray(v, jnp.int32) for k, v in batch.items()}
+  output = _jit(unrolled.apply)({'params': layers}, batch, init_cache(model.config, 2, 12))
+  np.testing.assert_allclose(output.logits[0], want[0], atol=ATOL)
+  np.testing.assert_allclose(output.logits[1, 3:], want[1, :5], atol=ATOL)
+
+
+def test_a_windowed_layer_caches_its_window_alone(model_of):
+  config = model_of(attention=_attention(windows=(0, 4), num_kv_heads=2)).config
+  assert [c.k.shape for c in init_cache(config, 3, 100)] == [(3, 100, 2, 8), (3, 4, 2, 8)]
+
+
+def test_a_scanned_stack_refuses_a_cache(model_of, params_of):
+  model = model_of()
+  with pytest.raises(ValueError, match='scan=False'):
+    model.apply({'params': params_of(model)}, {'tokens': jnp.zeros((1, 1), jnp.int32)}, init_cache(model.config, 1, 4))
+
+
+def test_a_ring_keeps_the_last_tokens_and_drops_padding():
+  slots, T = 3, 5
+  empty = LayerCache(jnp.zeros((2, slots, 1, 1)), jnp.zeros((2, slots, 1, 1)),
+                     Tokens(*(jnp.zeros((2, slots), jnp.int32) for _ in range(3))))
+  positions = jnp.broadcast_to(jnp.arange(T), (2, T))
+  segments = jnp.array([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0]])
+  values = positions[..., None, None].astype(jnp.float32) + 10
+  cache = _write(empty, values, -values, Tokens(positions + 1, segments, positions))
+  np.testing.assert_array_equal(cache.tokens.positions, [[3, 4, 2], [0, 1, 0]])
+  np.testing.assert_array_equal(cache.tokens.segments, [[1, 1, 1], [1, 1, 0]])
+  np.testing.assert_array_equal(cache.k[..., 0, 0], [[13, 14, 12], [10, 11, 0]])
+  np.testing.assert_array_equal(cache.v, -cache.k)
