@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlm import config as config_module
-from jaxlm import decode, hf, losses, objectives, sharding
+from jaxlm import decode, hf, losses, objectives, sharding, trees
 from jaxlm.checkpoint import Checkpoints
 from jaxlm.data import tokenizers
 from jaxlm.models.config import freeze
@@ -74,6 +74,18 @@ class LM:
   def hidden(self, tokens_BT: Any, mask: Any = None) -> Array:
     """[B, T, D] after the final norm, in the compute dtype; the arguments of `logits`."""
     return self._forward(tokens_BT, mask, False)
+
+  def attention(self, tokens_BT: Any, mask: Any = None) -> list[Array]:
+    """A layer: float32 [B, N, T, T], how much each token (row) of each head takes from each other; to look at.
+
+    The arguments of `logits`.
+    """
+    ids_BT, real_BT = self._rows(tokens_BT, mask)
+    model = self.model.clone(config=dataclasses.replace(
+        self.model.config, attention=dataclasses.replace(self.model.config.attention, kernel='dense')))
+    see = lambda params, ids, real: model.apply({'params': params}, decode.batch_of(ids, real), mutable='attention')[1]
+    seen = trees.flatten(jax.jit(see)(self.params, ids_BT, real_BT))
+    return [seen[f'attention/stack/layer_{i}/attention/probs/0'] for i in range(model.config.num_layers)]
 
   def _forward(self, tokens: Any, mask: Any, with_logits: bool) -> Array:
     tokens_BT, real_BT = self._rows(tokens, mask)

@@ -308,3 +308,10 @@ def test_folders_that_hold_no_model_are_named(tmp_path, run):
   with pytest.raises(JaxlmError, match='no checkpoint'):
     jaxlm.load(tmp_path)
   assert not (tmp_path / 'checkpoints').exists()
+
+
+def test_attention_of_a_row_sums_to_one_and_sees_no_future(lm):
+  (probs_BNTT,) = lm.attention([[1, 2, 3, 4, 5]])
+  assert probs_BNTT.shape == (1, 2, 5, 5)
+  np.testing.assert_allclose(probs_BNTT.sum(-1), 1, atol=1e-6)  # float32
+  assert not np.triu(probs_BNTT, 1).any()
