@@ -41,14 +41,18 @@ def default() -> ConfigDict:
   """A config with every key at its default; derived ones follow what they derive from."""
   values = lambda tree: {k: v.value if isinstance(v, Key) else values(v) for k, v in tree.items()}
   config = ConfigDict(values(SCHEMA))
-  for path, key in KEYS.items():
-    if key.derive:
-      *folders, last = path.split('.')
-      parent = config
-      for folder in folders:
-        parent = parent[folder]
-      parent[last] = key.derive(config)
+  follow(config, *(path for path, key in KEYS.items() if key.derive))
   return config.lock()
+
+
+def follow(config: ConfigDict, *paths: str) -> None:
+  """Makes derived keys follow again what they derive from, whatever they were set to."""
+  for path in paths:
+    *folders, last = path.split('.')
+    parent = config
+    for folder in folders:
+      parent = parent[folder]
+    parent[last] = KEYS[path].derive(config)
 
 
 def smoke(config: ConfigDict) -> ConfigDict:
@@ -56,15 +60,14 @@ def smoke(config: ConfigDict) -> ConfigDict:
   config.data.update(source='stdlib', paths='', mixture=(), phases=(), tokenizer='bytes', workers=0)
   config.update(steps=4, batch_size=16, batch_ramp=(), accumulation=1, seq_len=64, log_every=1, eval_every=0,
                 save_every=0)
-  config.model.update(width=64, num_layers=4, vocab_pad_to=512, vocab_size=0, max_length=64, dropout=0.0)
+  config.model.update(width=64, num_layers=4, vocab_pad_to=512, vocab_size=0, dropout=0.0)
   config.model.mlp.width = 256
-  config.model.attention.update(num_heads=8, head_dim=8, dropout=0.0,
-                                num_kv_heads=4 if config.model.attention.num_kv_heads
-                                < config.model.attention.num_heads else 8,
+  few = config.model.attention.num_kv_heads < config.model.attention.num_heads
+  config.model.attention.update(num_heads=8, head_dim=8, dropout=0.0, num_kv_heads=4 if few else 8,
                                 windows=tuple(min(w, 16) for w in config.model.attention.windows))
-  config.optim.update(warmup_steps=min(config.optim.warmup_steps, 2), total_steps=4)
-  config.eval.update(batch_size=16, max_tokens=4096, sample_tokens=8)
-  config.model.positions.rope.original_length = 64
+  config.optim.update(warmup_steps=min(config.optim.warmup_steps, 2))
+  config.eval.update(max_tokens=4096, sample_tokens=8)
+  follow(config, 'optim.total_steps', 'model.max_length', 'model.positions.rope.original_length', 'eval.batch_size')
   return config
 
 
