@@ -66,7 +66,8 @@ def _logit_gradient(vocabulary: Vocabulary, logits_BTV: Array, targets_BT: Array
   hot_BTV = jnp.arange(logits_BTV.shape[-1]) == targets_BT[..., None]
   grad_BTV = probs_BTV * (1 + 2 * vocabulary.z_loss * log_z_BT)[..., None] - (1 - vocabulary.smoothing) * hot_BTV
   if vocabulary.smoothing:
-    grad_BTV -= jnp.where(jnp.arange(logits_BTV.shape[-1]) < vocabulary.size, vocabulary.smoothing / vocabulary.size, 0)
+    real_V = jnp.arange(logits_BTV.shape[-1]) < vocabulary.size
+    grad_BTV -= jnp.where(real_V, vocabulary.smoothing / vocabulary.size, 0)
   if vocabulary.softcap:
     slope_BTV = 1 - jnp.square(logits_BTV / vocabulary.softcap)
     grad_BTV = jnp.where(jnp.isfinite(logits_BTV), grad_BTV * slope_BTV, 0)
@@ -74,7 +75,10 @@ def _logit_gradient(vocabulary: Vocabulary, logits_BTV: Array, targets_BT: Array
 
 
 def _by_chunk(vocabulary: Vocabulary, fn, carry: Tree, hidden_BTD: Array, targets_BT: Array, weights_BT: Array):
-  """Scans `fn(carry, (hidden, targets, weights)) -> carry, outputs` over pieces of the length; outputs are [B, T, …]."""
+  """Scans `fn(carry, (hidden, targets, weights)) -> carry, outputs` over pieces of the length; outputs are [B, T, …].
+
+  Inside `fn`, T is the length of a piece.
+  """
   length = targets_BT.shape[1]
   pieces = -(-length // vocabulary.chunk)
   size = -(-length // pieces)
@@ -93,9 +97,9 @@ def _by_chunk(vocabulary: Vocabulary, fn, carry: Tree, hidden_BTD: Array, target
 def token_losses(vocabulary: Vocabulary, hidden_BTD: Array, w_VD: Array, targets_BT: Array) -> tuple[Array, Array]:
   """(nll in nats, 1 where the target is the likeliest token), float32 [B, T] each; for measuring, not training."""
   def piece(carry, inputs):
-    hidden, targets, _ = inputs
-    _, nll, correct, _ = _token_losses(vocabulary, _logits(vocabulary, hidden, w_VD), targets)
-    return carry, (nll, correct)
+    hidden_BTD, targets_BT, _ = inputs
+    _, nll_BT, correct_BT, _ = _token_losses(vocabulary, _logits(vocabulary, hidden_BTD, w_VD), targets_BT)
+    return carry, (nll_BT, correct_BT)
   return _by_chunk(vocabulary, piece, (), hidden_BTD, targets_BT, jnp.ones(targets_BT.shape, jnp.float32))[1]
 
 
@@ -122,9 +126,9 @@ def cross_entropy(vocabulary: Vocabulary, hidden_BTD: Array, w_VD: Array, target
 
 def _forward(vocabulary, hidden_BTD, w_VD, targets_BT, weights_BT):
   def piece(carry, inputs):
-    hidden, targets, _ = inputs
-    loss, nll, correct, _ = _token_losses(vocabulary, _logits(vocabulary, hidden, w_VD), targets)
-    return carry, (nll, correct, loss)
+    hidden_BTD, targets_BT, _ = inputs
+    loss_BT, nll_BT, correct_BT, _ = _token_losses(vocabulary, _logits(vocabulary, hidden_BTD, w_VD), targets_BT)
+    return carry, (nll_BT, correct_BT, loss_BT)
   return _by_chunk(vocabulary, piece, (), hidden_BTD, targets_BT, weights_BT)
 
 
@@ -136,12 +140,14 @@ def _summed(loss_BT, nll_BT, correct_BT, weights_BT):
 
 def _cross_entropy_forward(vocabulary, hidden_BTD, w_VD, targets_BT, weights_BT):
   def piece(dw_VD, inputs):
-    hidden, targets, weights = inputs
-    logits = _logits(vocabulary, hidden, w_VD)
-    loss, nll, correct, log_z = _token_losses(vocabulary, logits, targets)
-    grad = _logit_gradient(vocabulary, logits, targets, log_z, weights).astype(hidden.dtype)
-    dh = jnp.einsum('BTV,VD->BTD', grad, w_VD.astype(hidden.dtype))
-    return dw_VD + jnp.einsum('BTV,BTD->VD', grad, hidden, preferred_element_type=jnp.float32), (nll, correct, loss, dh)
+    hidden_BTD, targets_BT, weights_BT = inputs
+    dtype = hidden_BTD.dtype
+    logits_BTV = _logits(vocabulary, hidden_BTD, w_VD)
+    loss_BT, nll_BT, correct_BT, log_z_BT = _token_losses(vocabulary, logits_BTV, targets_BT)
+    grad_BTV = _logit_gradient(vocabulary, logits_BTV, targets_BT, log_z_BT, weights_BT).astype(dtype)
+    dh_BTD = jnp.einsum('BTV,VD->BTD', grad_BTV, w_VD.astype(dtype))
+    dw_VD += jnp.einsum('BTV,BTD->VD', grad_BTV, hidden_BTD, preferred_element_type=jnp.float32)
+    return dw_VD, (nll_BT, correct_BT, loss_BT, dh_BTD)
 
   dw_VD, (nll_BT, correct_BT, loss_BT, dh_BTD) = _by_chunk(
       vocabulary, piece, jnp.zeros(w_VD.shape, jnp.float32), hidden_BTD, targets_BT, weights_BT)

@@ -26,7 +26,7 @@ def _linear(optim, step, span):
 
 def _wsd(optim, step, span):
   """Warmup, stable, decay (Hu et al. 2024, MiniCPM): flat, then linear over the last `decay_fraction`."""
-  falling = max(optim.decay_fraction * optim.total_steps, 1)
+  falling = min(max(optim.decay_fraction * optim.total_steps, 1), span)
   return 1 - (1 - optim.final_fraction) * jnp.clip((step - (span - falling)) / falling, 0, 1)
 
 
@@ -97,19 +97,21 @@ def _rmsprop(c, decay, axes):
 
 
 def _muon(c, decay, axes):
-  """Muon for the matrices between two widths, Adam for embeddings, the head and vectors (Jordan et al. 2024)."""
+  """Muon for the matrices between two widths, Adam for embeddings, the head and vectors (Jordan et al. 2024).
+
+  Each matrix, orthogonal, is scaled by sqrt(max(1, outputs / inputs)). A bias of heads has two dims and is a vector.
+  """
   def numbers(path):
     names = tuple(a for a in axes[path] if a != 'layers')
-    if len(names) < 2 or 'vocab' in names or None in names:
+    if len(names) < 2 or 'embed' not in names or 'vocab' in names or None in names:
       return None
     dims = range(len(names))
     into = 1 if names[0] == 'embed' else len(names) - 1
     return optax.contrib.MuonDimensionNumbers(tuple(dims[:into]), tuple(dims[into:]))
   matrices = lambda params: trees.map_paths(lambda path, _: numbers(path), params)
-  labels = lambda params: trees.map_paths(lambda path, _: 'muon' if numbers(path) else 'adam', params)
-  return optax.chain(optax.partition({
-      'muon': optax.contrib.scale_by_muon(beta=c.beta, ns_steps=c.ns_steps, weight_dimension_numbers=matrices),
-      'adam': optax.scale_by_adam(c.adam_b1, c.adam_b2)}, labels), decay)
+  # A rate of -1 gives directions; `make` adds the schedule.
+  return optax.chain(optax.contrib.muon(-1.0, ns_steps=c.ns_steps, beta=c.beta, adam_b1=c.adam_b1, adam_b2=c.adam_b2,
+                                        muon_weight_dimension_numbers=matrices), decay)
 
 
 OPTIMIZERS = {'adamw': _adamw, 'adafactor': _adafactor, 'lion': _lion, 'muon': _muon, 'sgd': _sgd, 'lamb': _lamb,
@@ -122,7 +124,7 @@ OPTIMIZERS = {'adamw': _adamw, 'adafactor': _adafactor, 'lion': _lion, 'muon': _
 def _by_rules(rules, make: Callable[[float, Callable], optax.GradientTransformation]) -> optax.GradientTransformation:
   """One transformation for each number that rules give, masked to the parameters they give it to."""
   numbers = sorted({number for _, number in rules})
-  mask = lambda number: lambda params: trees.map_paths(lambda path, _: trees.match(rules, path, 'rule') == number, params)
+  mask = lambda number: lambda params: trees.map_paths(lambda path, _: trees.match(rules, path) == number, params)
   return optax.chain(*[make(number, mask(number)) for number in numbers])
 
 
