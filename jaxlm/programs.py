@@ -49,7 +49,7 @@ def config() -> ConfigDict:
     except JaxlmError as e:
       faults.append(str(e))
   if faults:
-    raise JaxlmError('\n'.join(faults))
+    raise JaxlmError('\n'.join(faults + config_module.faults(made)))
   return made
 
 

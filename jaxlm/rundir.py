@@ -85,6 +85,9 @@ class RunDirectory:
       if name not in GROUPS:
         raise JaxlmError(f'--allow_change: unknown {name!r}. Known: {", ".join(GROUPS)}.{nearest(name, GROUPS)}')
     changes = {}
+    if self.config is not None and not self.record and not {'data', 'tokenizer'} <= set(allow):
+      raise JaxlmError(f'{self.path} has no run.json, which tells its data and tokenizer; put it back, or go on with '
+                       '--allow_change=data,tokenizer.')
     if self.config is not None:
       changes = config_module.differences(config, self.config)
       same_tokenizer = self.record.get('tokenizer_digest') == tokenizer
