@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 # Dense peak of one device in the compute dtype, FLOP/s, by the start of `device_kind`; the vendors' data sheets.
 PEAK_FLOPS = {
     'NVIDIA H200': {'bfloat16': 989e12, 'float32': 67e12},
+    'NVIDIA H100 PCIe': {'bfloat16': 756e12, 'float32': 51e12},
     'NVIDIA H100': {'bfloat16': 989e12, 'float32': 67e12},
     'NVIDIA A100': {'bfloat16': 312e12, 'float32': 19.5e12},
     'Tesla V100': {'float16': 125e12, 'float32': 15.7e12},
@@ -134,7 +135,7 @@ class Writer:
     self.bar = tqdm(initial=start, total=steps, unit='step', disable=not sys.stderr.isatty(), dynamic_ncols=True)
 
   def write(self, step: int, metrics: dict[str, Any]) -> None:
-    """One line of metrics.jsonl, on disk when this returns; numbers also to TensorBoard and the bar."""
+    """One line of metrics.jsonl, which outlives this process once this returns; numbers also to TensorBoard, the bar."""
     if not self.active:
       return
     self._line('metrics', {'step': step, **metrics})
@@ -143,7 +144,8 @@ class Writer:
         if '/' in name and isinstance(value, (int, float)):
           self.board.add_scalar(name, value, step)
     if 'train/loss' in metrics:
-      self.bar.set_postfix_str(f'loss {metrics["train/loss"]:.3f}, {metrics.get("train/tokens_per_s", 0):,.0f} tokens/s')
+      speed = metrics.get('train/tokens_per_s', 0)
+      self.bar.set_postfix_str(f'loss {metrics["train/loss"]:.3f}, {speed:,.0f} tokens/s')
     if not sys.stderr.isatty() or any(name.startswith('eval/') for name in metrics):
       self.say(f'step {step}  ' + '  '.join(f'{name} {_short(v)}' for name, v in metrics.items() if '/' in name))
 
@@ -165,7 +167,8 @@ class Writer:
       tqdm.write(text, file=sys.stderr)
 
   def _line(self, name: str, content: dict[str, Any]) -> None:
-    self.files[name].write(json.dumps(content) + '\n')
+    finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in content.items()}
+    self.files[name].write(json.dumps(finite) + '\n')  # JSON has no NaN
     self.files[name].flush()
 
   def close(self) -> None:

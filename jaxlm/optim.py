@@ -109,9 +109,11 @@ def _muon(c, decay, axes):
     into = 1 if names[0] == 'embed' else len(names) - 1
     return optax.contrib.MuonDimensionNumbers(tuple(dims[:into]), tuple(dims[into:]))
   matrices = lambda params: trees.map_paths(lambda path, _: numbers(path), params)
-  # A rate of -1 gives directions; `make` adds the schedule.
-  return optax.chain(optax.contrib.muon(-1.0, ns_steps=c.ns_steps, beta=c.beta, adam_b1=c.adam_b1, adam_b2=c.adam_b2,
-                                        muon_weight_dimension_numbers=matrices), decay)
+  labels = lambda params: trees.map_paths(lambda path, _: 'muon' if numbers(path) else 'adam', params)
+  # optax's whole muon, for its scaling by shape; a rate of -1 makes it a direction. Its own Adam is Nesterov's.
+  return optax.chain(optax.partition({
+      'muon': optax.contrib.muon(-1.0, beta=c.beta, ns_steps=c.ns_steps, muon_weight_dimension_numbers=matrices),
+      'adam': optax.scale_by_adam(c.adam_b1, c.adam_b2)}, labels), decay)
 
 
 OPTIMIZERS = {'adamw': _adamw, 'adafactor': _adafactor, 'lion': _lion, 'muon': _muon, 'sgd': _sgd, 'lamb': _lamb,

@@ -19,7 +19,12 @@ REMEDY = {
     'vocab': 'set config.model.vocab_pad_to to a multiple of it',
     'act_batch': 'set config.batch_size (and config.accumulation) so that each microbatch divides by it',
     'act_length': 'set config.seq_len to a multiple of it',
+    'act_vocab': 'set config.model.vocab_pad_to to a multiple of it',
+    'embed': 'set config.model.width to a multiple of it',
+    'mlp': 'set config.model.mlp.width to a multiple of it',
+    'act_mlp': 'set config.model.mlp.width to a multiple of it',
     'heads': 'choose fewer devices there, or config.model.attention.num_heads as a multiple of it',
+    'act_heads': 'choose fewer devices there, or config.model.attention.num_heads as a multiple of it',
     'kv_heads': "choose fewer devices there, or give ('kv_heads', None) in config.sharding.rules",
 }
 
@@ -100,7 +105,8 @@ class Layout:
             continue
           sizes = ' × '.join(f'{a}={self.mesh.shape[a]}' for a in free)
           remedy = REMEDY.get(logical, f'change that size, the mesh, or the rule for {logical!r}')
-          raise JaxlmError(f'{name}: dim {dim} ({logical}={shape[dim]}) does not divide by mesh axis {sizes}; {remedy}.')
+          raise JaxlmError(f'{name}: dim {dim} ({logical}={shape[dim]}) does not divide by mesh axis {sizes}; '
+                           f'{remedy}.')
         chosen[dim] = (before or ()) + free
         used.update(free)
     parts = [chosen.get(dim, ()) for dim in range(len(axes))]
@@ -122,7 +128,6 @@ class Layout:
     axes = ('act_batch', 'act_length')[:len(shape)] + (None,) * (len(shape) - 2)
     return self.sharding(axes, shape, 'batch')
 
-
   @property
   def batch_parts(self) -> int:
     """Into how many parts rows are split: the smallest batch there can be."""
@@ -131,7 +136,8 @@ class Layout:
 
   def host_rows(self, shape: Sequence[int]) -> tuple[int, int]:
     """(first, end) of the rows of a batch that this process's devices hold."""
-    slices = [index[0].indices(shape[0]) for index in self.batch(shape).addressable_devices_indices_map(tuple(shape)).values()]
+    held = self.batch(shape).addressable_devices_indices_map(tuple(shape)).values()
+    slices = [index[0].indices(shape[0]) for index in held]
     return min(start for start, _, _ in slices), max(stop for _, stop, _ in slices)
 
   def place(self, rows: Mapping[str, np.ndarray], batch_size: int, first: int = 0) -> dict[str, Array]:
