@@ -78,7 +78,7 @@ def compile_time(rounds: int) -> Iterator[Line]:
 
 
 def _start():
-  from jaxlm.train import Position
+  from jaxlm.journal import Position
   return Position()
 
 

@@ -14,8 +14,8 @@ types lookup schema config trees sharding objectives
 data.tokenizers data.sources data.shards data.store data.mixtures data.plans data.pipeline
 models.config models.layers models.positions models.kernels models.attention models.transformer models.cost
 families.keys families.bijections families.gpt2 families.gpt3 families.llama families.table
-losses optim metrics pictures seal checkpoint rundir sampling hf decode lm evaluators check train programs
-generate main prepare
+losses optim metrics pictures seal checkpoint rundir sampling hf decode lm evaluators journal check train programs
+generate main prepare bench
 """.split()
 BLIND = {'objectives', 'data', 'models'}  # do not see each other
 PROGRAMS = ORDER[ORDER.index('programs') + 1:]

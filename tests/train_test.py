@@ -210,7 +210,7 @@ def test_rewind_goes_back_to_the_checkpoint_and_past_the_bad_examples(tiny, tmp_
 
 
 def test_a_batch_ramp_grows_and_resumes(tiny, tmp_path, monkeypatch):
-  mesh(tiny).update(steps=6, batch_ramp=((2, 2), (4, 4)))
+  mesh(tiny).update(steps=6, batch_ramp=((2, 4),))
   train.run(tiny, f'{tmp_path}/whole')
   with monkeypatch.context() as patch:
     stop_after(patch, 3)
@@ -219,7 +219,7 @@ def test_a_batch_ramp_grows_and_resumes(tiny, tmp_path, monkeypatch):
   train.run(tiny, f'{tmp_path}/stopped')
   for folder in ('whole', 'stopped'):
     lines = [line for line in read_jsonl(f'{tmp_path}/{folder}/metrics.jsonl') if 'train/loss' in line]
-    assert [line['examples'] for line in lines] == [2, 4, 8, 12, 20, 28]
+    assert [line['examples'] for line in lines] == [4, 8, 16, 24, 32, 40]
   assert losses(f'{tmp_path}/whole') == losses(f'{tmp_path}/stopped')
 
 
