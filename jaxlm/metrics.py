@@ -135,7 +135,7 @@ class Writer:
     self.bar = tqdm(initial=start, total=steps, unit='step', disable=not sys.stderr.isatty(), dynamic_ncols=True)
 
   def write(self, step: int, metrics: dict[str, Any]) -> None:
-    """One line of metrics.jsonl, which outlives this process once this returns; numbers also to TensorBoard, the bar."""
+    """One line of metrics.jsonl, safe from this process's death once this returns; numbers also to TensorBoard."""
     if not self.active:
       return
     self._line('metrics', {'step': step, **metrics})

@@ -65,7 +65,7 @@ def test_gradients_are_those_of_the_plain_formula(case):
   (value, got), (want_value, want) = (jax.jit(jax.value_and_grad(f, (0, 1)))(h, w) for f in (ours, plain))
   np.testing.assert_allclose(value, want_value, rtol=2e-6)
   for a, b in zip(got, want):
-    np.testing.assert_allclose(a, b, atol=3e-6 * np.abs(b).max())  # float32 sums; measured max 6e-7
+    np.testing.assert_allclose(a, b, atol=3e-6 * np.abs(b).max())  # float32 sums; measured max 3.2e-7
   assert (np.asarray(got[1])[vocabulary.size:] == 0).all()         # columns beyond the vocabulary learn nothing
 
 
@@ -117,7 +117,7 @@ def test_half_precision_hidden_states_have_float32_losses_and_master_gradients()
   value, (dh, dw) = jax.value_and_grad(loss, (0, 1))(h.astype(jnp.bfloat16), w)
   assert (value.dtype, dh.dtype, dw.dtype) == (jnp.float32, jnp.bfloat16, jnp.float32)
   exact = jax.grad(loss, 1)(h, w)
-  np.testing.assert_allclose(dw, exact, atol=0.02 * np.abs(exact).max())  # bfloat16 operands
+  np.testing.assert_allclose(dw, exact, atol=0.02 * np.abs(exact).max())  # bfloat16 operands; measured 0.005
 
 
 # ---- what it costs -----------------------------------------------------------------------------------------------
@@ -126,7 +126,7 @@ def test_half_precision_hidden_states_have_float32_losses_and_master_gradients()
 def _equations(jaxpr):
   for eqn in jaxpr.eqns:
     yield eqn
-    for inner in jax.tree.leaves(list(eqn.params.values()), is_leaf=lambda p: hasattr(p, 'jaxpr') or hasattr(p, 'eqns')):
+    for inner in jax.tree.leaves(list(eqn.params.values()), is_leaf=lambda p: hasattr(getattr(p, 'jaxpr', p), 'eqns')):
       inner = getattr(inner, 'jaxpr', inner)
       if hasattr(inner, 'eqns'):
         yield from _equations(inner)

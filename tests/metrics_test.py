@@ -23,7 +23,8 @@ def test_lines_are_on_disk_when_write_returns_and_follow_those_that_were_there(t
     writer = Writer(str(tmp_path), start, 4, tensorboard=False)
     for step in (start + 1, start + 2):
       writer.write(step, {'train/loss': 1.5 / step, 'examples': 8 * step})
-      assert read_jsonl(tmp_path / 'metrics.jsonl')[-1] == {'step': step, 'train/loss': 1.5 / step, 'examples': 8 * step}
+      last = read_jsonl(tmp_path / 'metrics.jsonl')[-1]
+      assert last == {'step': step, 'train/loss': 1.5 / step, 'examples': 8 * step}
     writer.close()
   assert [line['step'] for line in read_jsonl(tmp_path / 'metrics.jsonl')] == [1, 2, 3, 4]
 
@@ -61,7 +62,8 @@ def test_samples_and_events_are_written(tmp_path):
   writer.sample(1, 'def ', 'f(x):\n  return x')
   writer.advance(1)
   writer.close()
-  assert json.loads((tmp_path / 'samples.jsonl').read_text()) == {'step': 1, 'prompt': 'def ', 'text': 'f(x):\n  return x'}
+  sample = json.loads((tmp_path / 'samples.jsonl').read_text())
+  assert sample == {'step': 1, 'prompt': 'def ', 'text': 'f(x):\n  return x'}
   assert any((tmp_path / 'tensorboard').iterdir())
 
 

@@ -29,7 +29,7 @@ def _dot_flops(jaxpr) -> int:
       (contracted, _), _ = eqn.params['dimension_numbers']
       lhs = eqn.invars[0].aval.shape
       total += 2 * int(np.prod(eqn.outvars[0].aval.shape)) * int(np.prod([lhs[i] for i in contracted]))
-    for inner in jax.tree.leaves(list(eqn.params.values()), is_leaf=lambda p: hasattr(p, 'jaxpr') or hasattr(p, 'eqns')):
+    for inner in jax.tree.leaves(list(eqn.params.values()), is_leaf=lambda p: hasattr(getattr(p, 'jaxpr', p), 'eqns')):
       inner = getattr(inner, 'jaxpr', inner)
       if hasattr(inner, 'eqns'):
         total += _dot_flops(inner) * eqn.params.get('length', 1)

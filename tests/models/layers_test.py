@@ -45,7 +45,8 @@ def test_dense_contracts_and_makes_several_dims(model_of):
   np.testing.assert_allclose(_apply(out, dict(kernel=kernel, bias=bias), x), want, atol=1e-5)
   into = Dense(model_of().config, (4, 8), ('embed', 'heads', 'head_dim'), bias=False)
   kernel = kernel.transpose(2, 0, 1)
-  np.testing.assert_allclose(_apply(into, dict(kernel=kernel), want), np.einsum('btd,dnh->btnh', want, kernel), atol=1e-4)
+  back = np.einsum('btd,dnh->btnh', want, kernel)
+  np.testing.assert_allclose(_apply(into, dict(kernel=kernel), want), back, atol=1e-4)
 
 
 def test_initial_scales_are_the_configs_and_shrink_with_depth_where_said(model_of):

@@ -18,8 +18,8 @@ from jaxlm.types import JaxlmError
 
 KINDS = tuple(POSITIONS)
 BOTH = pytest.mark.parametrize('kernel', ['dense', 'blockwise'])
-# float32 sums in another order, logits of about 3; measured max 4e-6.
-ATOL = 2e-5
+# float32 sums in another order, logits of about 3; measured max 2.5e-6.
+ATOL = 1e-5
 
 
 # These tests compile much and run little; without LLVM's optimizations they take half as long.
@@ -266,7 +266,7 @@ def test_an_examples_dropout_does_not_depend_on_the_batch_around_it(model_of, pa
       {'params': params}, {'tokens': tokens, 'example_ids': ids}, rng=rng, with_logits=False).hidden)
   whole = run(tokens_BT, ids_B, rng)
   turned = jnp.array([2, 0, 3, 1])
-  # The masks are the same bits; products of other shapes sum in another order.
+  # The masks are the same bits; products of other shapes may sum in another order. Measured 0.
   np.testing.assert_allclose(run(tokens_BT[turned], ids_B[turned], rng), whole[turned], atol=ATOL)
   np.testing.assert_allclose(run(tokens_BT[2:3], ids_B[2:3], rng), whole[2:3], atol=ATOL)
   assert np.abs(run(tokens_BT, ids_B, jax.random.fold_in(rng, 1)) - whole).max() > 0.1  # another step
@@ -304,7 +304,7 @@ def test_remat_changes_no_gradient(remat, kernel, model_of, params_of):
   params = params_of(plain)
   kept = model_of(remat=remat, remat_names=transformer_module.REMAT_NAMES, attention=_attention(kernel=kernel))
   for a, b in zip(*(jax.tree.leaves(_jit(_gradient(m))(params, batch)) for m in (kept, plain))):
-    # Fusions differ between forward and recomputed forward; measured max 1e-7 of the largest gradient.
+    # Fusions may differ between a forward and a recomputed one; measured 0.
     np.testing.assert_allclose(a, b, atol=2e-6 * float(jnp.abs(b).max() + 1))
 
 
