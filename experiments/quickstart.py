@@ -8,11 +8,15 @@ from jaxlm import config as base
 def get_config(arg=None):
   arg = base.parse_arg(arg, smoke=False)
   config = base.default()
-  config.update(steps=560, batch_size=16, seq_len=256, log_every=10, eval_every=0, save_every=140)
+  config.update(steps=400, batch_size=16, seq_len=256, eval_every=200, save_every=100)
   config.model.update(width=192, num_layers=3)
-  config.model.attention.num_heads = 6
+  config.model.attention.update(num_heads=6, bias=False, out_bias=False, qk_norm='head')
+  config.model.mlp.update(activation='relu2', bias=False)
+  config.model.norm.kind = 'rmsnorm'
   config.model.positions.kind = 'rope'
-  config.data.update(tokenizer='bpe', vocab_size=2048)
-  config.optim.update(lr=3e-3, warmup_steps=40)
+  config.data.update(tokenizer='bpe', vocab_size=2048, holdout=0.05)
+  # Muon learns as much here in half of AdamW's steps; what is not a matrix takes a smaller rate.
+  config.optim.update(name='muon', lr=0.02, lr_rules=(('.*(embedding|scale|bias)', 0.15), ('.*', 1.0)),
+                      schedule='linear', warmup_steps=40, final_fraction=0.0)
   config.eval.prompts = ('def ', 'class ', 'import ')
   return base.smoke(config) if arg.smoke else config

@@ -57,9 +57,10 @@ def init_state(model: Transformer, config: Any) -> Shapes:
 
   Parameters that match `config.optim.freeze` are kept apart: the optimizer never sees them.
   """
-  layout = model.layout
-  dummy = {'tokens': jnp.zeros((layout.batch_parts, config.seq_len), jnp.int32)}
-  init = lambda rng: model.init(jax.random.wrap_key_data(rng), dummy)['params']
+  layout, tokens = model.layout, jnp.zeros((1, config.seq_len), jnp.int32)
+  # Parameters do not depend on the batch, so a row on one device will do, whatever the mesh.
+  alone = model.clone(layout=sharding.single(layout.rules))
+  init = lambda rng: alone.init(jax.random.wrap_key_data(rng), {'tokens': tokens, 'order': tokens})['params']
   key = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0)))
   boxed = jax.eval_shape(init, key)
   axes = sharding.logical_axes(boxed)
@@ -69,7 +70,8 @@ def init_state(model: Transformer, config: Any) -> Shapes:
 
   def make(rng):
     trained, frozen = trees.partition(nn.meta.unbox(init(rng)), trainable)
-    ema = jax.tree.map(jnp.copy, trained) if config.optim.ema_decay else None
+    # float32: a bfloat16 mean would hardly move.
+    ema = jax.tree.map(lambda p: p.astype(jnp.float32), trained) if config.optim.ema_decay else None
     return TrainState(jnp.zeros((), jnp.int32), trained, tx.init(trained), ema, rng), frozen
 
   shapes = jax.eval_shape(make, key)
@@ -141,7 +143,7 @@ def make_step(loss_fn: LossFn, shapes: Shapes, config: Any):
     updates, opt_state = shapes.tx.update(grads, state.opt_state, state.params)
     new = state.replace(params=optax.apply_updates(state.params, updates), opt_state=opt_state)
     if state.ema is not None:
-      average = lambda mean, p: (mean + (1 - config.optim.ema_decay) * (p.astype(mean.dtype) - mean)).astype(mean.dtype)
+      average = lambda mean, p: mean + (1 - config.optim.ema_decay) * (p.astype(jnp.float32) - mean)
       new = new.replace(ema=jax.tree.map(average, state.ema, new.params))
     new = jax.tree.map(lambda after, before: jnp.where(finite, after, before), new, state)
     metrics = {f'train/{name}': total / jnp.maximum(n, 1) for name, (total, n) in sums.items()}
@@ -225,7 +227,7 @@ class Run:
                          'weights from.')
       loaded = whole(state, frozen).replace(params=given[1])
       if state.ema is not None:
-        loaded = loaded.replace(ema=jax.tree.map(jnp.copy, given[1]))
+        loaded = loaded.replace(ema=jax.tree.map(lambda p: jnp.array(p, jnp.float32), given[1]))
       state, frozen = split(loaded, self.shapes.frozen)
     return 0, state, frozen, Position()
 
@@ -272,17 +274,21 @@ def run(config: Any, workdir: str, allow_change: Sequence[str] = ()) -> dict[str
     directory = rundir.RunDirectory(workdir)
     prepared = store.prepare(config)
     parts = Run(config, directory.path, prepared)
-    directory.accept(config, {s.name: s.key for s in prepared.stores}, prepared.tokenizer.digest, allow_change)
-    if jax.process_index() == 0:
-      prepared.tokenizer.save(os.path.join(directory.path, 'tokenizer'))
-    with parts.checkpoints, Signals() as signals:
-      return train(parts, directory.path, signals)
+    this = (config, {s.name: s.key for s in prepared.stores}, prepared.tokenizer.digest, allow_change)
+    directory.check(*this)
+    with parts.checkpoints:
+      start = parts.start()
+      directory.accept(*this)  # not before: a checkpoint that does not fit leaves config.json as it was
+      if jax.process_index() == 0:
+        prepared.tokenizer.save(os.path.join(directory.path, 'tokenizer'))
+      with Signals() as signals:
+        return train(parts, directory.path, signals, *start)
 
 
-def train(parts: Run, workdir: str, signals: Signals) -> dict[str, Any]:
-  """The loop."""
+def train(parts: Run, workdir: str, signals: Signals, step: int, state: TrainState, frozen: Tree,
+          position: Position) -> dict[str, Any]:
+  """The loop, from where `parts.start` says."""
   config, checkpoints = parts.config, parts.checkpoints
-  step, state, frozen, position = parts.start()
   flops_per_token = cost.flops_per_token(parts.model.config, config.seq_len)
   journal = Journal(workdir, config, parts.evaluators, flops_per_token, step, position)
   sizes, batches = parts.batches(step, position)

@@ -277,13 +277,13 @@ CASES = (
          ('batch: dim 0 (act_batch=4) does not divide by mesh axis data=8; set config.batch_size (and '
           'config.accumulation) so that each microbatch divides by it.',)),
     Case('heads that do not divide by the mesh', '--config=tiny.py --config.mesh.data=1 --config.mesh.tensor=8',
-         ('activation: dim 2 (act_heads=4) does not divide by mesh axis tensor=8; choose fewer devices there, or '
-          'config.model.attention.num_heads as a multiple of it.',)),
+         ('stack/period/slot_0/attention/key/bias: dim 1 (kv_heads=4) does not divide by mesh axis tensor=8; choose '
+          "fewer devices there, or give ('kv_heads', None) in config.sharding.rules.",)),
     Case('a vocabulary that does not divide by the mesh',
          '--config=tiny.py --config.mesh.tensor=2 --config.model.vocab_pad_to=1 --config.model.vocab_size=259 '
          '--config.model.tie_embeddings=false',
-         ('activation: dim 2 (act_vocab=259) does not divide by mesh axis tensor=2; set config.model.vocab_pad_to to a '
-          'multiple of it.',)),
+         ('embed/embedding: dim 0 (vocab=259) does not divide by mesh axis tensor=2; set config.model.vocab_pad_to to '
+          'a multiple of it.',)),
     Case('an axis that no rule names',
          '--config=tiny.py --config.sharding.rules="((\'act_batch\',\'data\'),(\'act_length\',None))"',
          ("activation: no rule for logical axis 'act_embed'; add one to config.sharding.rules.",)),
