@@ -10,7 +10,7 @@ def get_config(arg=None):
   config = base.default()
   config.update(steps=400, batch_size=16, seq_len=256, eval_every=200, save_every=100)
   config.model.update(width=192, num_layers=3)
-  config.model.attention.update(num_heads=6, bias=False, out_bias=False, qk_norm='head')
+  config.model.attention.update(num_heads=3, bias=False, out_bias=False, qk_norm='head')
   config.model.mlp.update(activation='relu2', bias=False)
   config.model.norm.kind = 'rmsnorm'
   config.model.positions.kind = 'rope'

@@ -48,14 +48,16 @@ def _logits(vocabulary: Vocabulary, hidden_BTD: Array, w_VD: Array) -> Array:
 def _token_losses(vocabulary: Vocabulary, logits_BTV: Array, targets_BT: Array) -> tuple[Array, Array, Array, Array]:
   """(loss, nll, correct, log Z) of each target."""
   log_z_BT = jax.nn.logsumexp(logits_BTV, axis=-1)
-  nll_BT = log_z_BT - jnp.take_along_axis(logits_BTV, targets_BT[..., None], axis=-1)[..., 0]
+  target_BT = jnp.take_along_axis(logits_BTV, targets_BT[..., None], axis=-1)[..., 0]
+  nll_BT = log_z_BT - target_BT
   loss_BT = nll_BT
   if vocabulary.smoothing:
     mean_BT = logits_BTV[..., :vocabulary.size].mean(-1)
     loss_BT = (1 - vocabulary.smoothing) * nll_BT + vocabulary.smoothing * (log_z_BT - mean_BT)
   if vocabulary.z_loss:
     loss_BT = loss_BT + vocabulary.z_loss * jnp.square(log_z_BT)
-  correct_BT = (logits_BTV.argmax(-1) == targets_BT).astype(jnp.float32)
+  # Not argmax: on a CPU it took 20 ms for 16 × 256 × 2,048 where the maximum, needed for log Z anyway, took 6.
+  correct_BT = (target_BT >= logits_BTV.max(-1)).astype(jnp.float32)
   return loss_BT, nll_BT, correct_BT, log_z_BT
 
 
