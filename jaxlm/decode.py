@@ -25,7 +25,7 @@ Ids = Sequence[int]
 
 def generate(model: Transformer, params: Tree, prompts: Sequence[Ids], max_new_tokens: int = 64,
              sampling: Sampling = Sampling(), eos: Ids = (), stopped: Callable[[list[int]], bool] | None = None,
-             batch_size: int = 32) -> list[list[int]]:
+             batch_size: int = 32, first: Sequence[np.ndarray | None] | None = None) -> list[list[int]]:
   """Continues prompts.
 
   Args:
@@ -37,6 +37,7 @@ def generate(model: Transformer, params: Tree, prompts: Sequence[Ids], max_new_t
     eos: ids that end a row.
     stopped: asked between blocks with a row's continuation so far; True ends the row. Beams do not ask.
     batch_size: rows continued at once.
+    first: for each prompt which ids may come first, bool [V], or None: any (`Tokenizer.encode_prompt`).
   Returns:
     Continuations alone, in the order of the prompts; one that ended has its end token last.
   Raises:
@@ -52,6 +53,11 @@ def generate(model: Transformer, params: Tree, prompts: Sequence[Ids], max_new_t
   for start in range(0, len(prompts), batch_size):
     rows = by_length[start:start + batch_size]
     inputs = pad(model, [prompts[row] for row in rows], rows)
+    if first is not None and any(first[row] is not None for row in rows):
+      allowed_BV = np.ones((len(inputs.lengths_B), model.config.vocab_size), bool)
+      for i, row in enumerate(rows):
+        allowed_BV[i] = True if first[row] is None else first[row]
+      inputs = inputs.replace(allowed_BV=allowed_BV)
     length = _cache_length(model, max(len(prompts[row]) for row in rows) + max_new_tokens)
     if sampling.num_beams > 1:
       blocks = iter([_beams(model, params, inputs, length, max_new_tokens, sampling, eos)])
@@ -103,10 +109,12 @@ class Inputs:
     tokens_BT: ids, padded on the right.
     lengths_B: tokens of each row that are real.
     rows_B: the row's number, which keys its draws.
+    allowed_BV: which ids may be the first new one, or None: any.
   """
   tokens_BT: Any
   lengths_B: Any
   rows_B: Any
+  allowed_BV: Any = None
 
 
 def pad(model: Transformer, sequences: Sequence[Ids], rows: Sequence[int] | None = None) -> Inputs:
@@ -171,6 +179,9 @@ def _prefill(model: Transformer, params: Tree, program: Program, inputs: Inputs,
   cache = init_cache(model.config, B, length)
   logits_BV, cache = _read(model, params, program, batch_of(inputs.tokens_BT, real_BT), cache,
                            jnp.maximum(inputs.lengths_B - 1, 0))
+  if inputs.allowed_BV is not None:
+    allowed_BV = jnp.pad(inputs.allowed_BV, ((0, 0), (0, logits_BV.shape[1] - inputs.allowed_BV.shape[1])))
+    logits_BV = jnp.where(allowed_BV, logits_BV, -jnp.inf)
   seen_BV = None
   if program.penalises:
     seen_BV = jnp.zeros(logits_BV.shape, bool).at[jnp.arange(B)[:, None], inputs.tokens_BT].max(real_BT)

@@ -69,15 +69,17 @@ class Evaluators:
     if not settings.prompts:
       return
     start = [vocab.bos] if self._config.data.bos and vocab.bos is not None else []
-    prompts = [start + self._tokenizer.encode(prompt) for prompt in settings.prompts]
+    encoded, first = zip(*map(self._tokenizer.encode_prompt, settings.prompts))
+    prompts = [start + ids for ids in encoded]
     room = self._model.config.max_length if self._model.config.positions.kind == 'learned' else math.inf
     length = min(settings.sample_tokens, int(min(room - max(map(len, prompts)), 1 << 30)))
     if not all(prompts) or length < 1:
       return
     sampling = decode.Sampling(temperature=settings.temperature, seed=step)
     eos = [vocab.eos] if vocab.eos is not None else []
-    for prompt, ids in zip(settings.prompts, decode.generate(self._model, params, prompts, length, sampling, eos)):
-      yield prompt, self._tokenizer.decode(ids)
+    found = decode.generate(self._model, params, prompts, length, sampling, eos, first=first)
+    for prompt, allowed, ids in zip(settings.prompts, first, found):
+      yield prompt, self._tokenizer.decode(ids)[allowed is not None:]  # the space is the prompt's
 
 
 def _told(name: str, sums: dict[str, float]) -> dict[str, float]:

@@ -120,7 +120,8 @@ class LM:
 
     Args:
       prompts: a text, texts, ids, or lists of ids; what comes back is of the same kind. Text begins as documents did
-        in training; ids are taken as they are.
+        in training, and where it ends in a space the first piece is one that begins so (`Tokenizer.encode_prompt`);
+        ids are taken as they are.
       max_new_tokens: at most.
       temperature, top_k, top_p, repetition_penalty, seed, num_beams, length_penalty: as in `sampling.Sampling`.
       stop: texts that end a continuation. In text they are cut off, with what follows; ids end with the token that
@@ -132,7 +133,7 @@ class LM:
                         seed=seed, num_beams=num_beams, length_penalty=length_penalty)
     stops = _stops(stop)
     single, prompts = _listed(prompts)
-    ids = [self._ids(prompt) for prompt in prompts]
+    ids, first = zip(*map(self._prompt, prompts)) if prompts else ((), ())
     for row, (prompt, found) in enumerate(zip(prompts, ids)):
       if isinstance(prompt, str) and not found:
         raise JaxlmError(f'Prompt {row} is empty, and this model has no token that begins a text; give some text.')
@@ -140,9 +141,9 @@ class LM:
       self._needs_tokenizer('stop')
     told = lambda new: any(text in self.tokenizer.decode(new) for text in stops)
     outputs = decode.generate(self.model, self.params, ids, max_new_tokens, sampling, self.eos,
-                              told if stops else None, batch_size)
-    outputs = [self._text(prompt_ids, new, stops) if isinstance(prompt, str) else self._cut(new, told) if stops else new
-               for prompt, prompt_ids, new in zip(prompts, ids, outputs)]
+                              told if stops else None, batch_size, first)
+    outputs = [self._text(prompt_ids, new, stops)[allowed is not None:] if isinstance(prompt, str) else self._cut(new, told) if stops else new
+               for prompt, prompt_ids, allowed, new in zip(prompts, ids, first, outputs)]
     return outputs[0] if single else outputs
 
   def score(self, contexts: Sequence[Text], continuations: Sequence[Text],
@@ -210,6 +211,13 @@ class LM:
       return [int(i) for i in text]
     self._needs_tokenizer('Text')
     return self.start + self.tokenizer.encode(text)
+
+  def _prompt(self, text: Text) -> tuple[list[int], np.ndarray | None]:
+    """(ids, which may come first) of what is to be continued."""
+    if not isinstance(text, str) or self.tokenizer is None:
+      return self._ids(text), None
+    ids, first = self.tokenizer.encode_prompt(text)
+    return self.start + ids, first
 
   def _pair(self, context: Text, continuation: Text, row: int) -> tuple[list[int], int]:
     """(ids of both together, how many are the continuation's)."""

@@ -92,6 +92,22 @@ class Tokenizer:
     """Ids of a text, none added."""
     return list(text.encode()) if self._is_bytes else self.backend.encode(text, add_special_tokens=False).ids
 
+  def encode_prompt(self, text: str) -> tuple[list[int], np.ndarray | None]:
+    """Ids of a text that is to be continued, and which ids may come first; None: any.
+
+    Most pieces begin with the space before a word, so a text cut after a space ends in a piece that no training text
+    has there. The space is left out, and the first new piece must begin with one.
+    """
+    if self._spaced.sum() < 2 or not text.endswith(' ') or not text[:-1].strip(' ') or text.endswith('  '):
+      return self.encode(text), None
+    return self.encode(text[:-1]), self._spaced
+
+  @functools.cached_property
+  def _spaced(self) -> np.ndarray:
+    """bool [size]: which pieces begin with a space, as byte-level BPE and SentencePiece write it."""
+    pieces = (self.backend.id_to_token(i) or '' for i in range(self.vocab.size))
+    return np.array([piece[:1] in ('Ġ', '▁') for piece in pieces])
+
   def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
     """Ids of many texts, int32 each; long ones first, which keeps all cores busy to the end."""
     if self._is_bytes:

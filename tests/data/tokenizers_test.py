@@ -123,3 +123,12 @@ def test_a_file_that_is_no_tokenizer_is_named(tmp_path):
   (tmp_path / 'tokenizer.json').write_text('{"model": 1}')
   with pytest.raises(JaxlmError, match='is not a tokenizer.json that the tokenizers library can read'):
     tokenizers.load(tmp_path)
+
+
+def test_a_prompt_that_ends_in_a_space_leaves_it_to_the_first_new_piece():
+  tokenizer = tokenizers.train('bpe', ['def f(x): return x\nclass A: pass\n' * 20], 300)
+  ids, first = tokenizer.encode_prompt('def ')
+  assert ids == tokenizer.encode('def') and all(tokenizer.decode([i]).startswith(' ') for i in np.flatnonzero(first))
+  for text in ('def', 'def  ', ' ', ''):
+    assert tokenizer.encode_prompt(text) == (tokenizer.encode(text), None)
+  assert tokenizers.bytes_tokenizer().encode_prompt('def ') == (list(b'def '), None)
