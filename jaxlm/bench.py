@@ -109,16 +109,17 @@ def data(rounds: int) -> Iterator[Line]:
 
 
 def prepare(rounds: int) -> Iterator[Line]:
-  """Both read the same documents and use the same trained tokenizer and all cores."""
-  from jaxlm.data import sources, store
+  """Both encode the same documents with a tokenizer just loaded, its cache cold, and use all cores."""
+  from jaxlm.data import sources, store, tokenizers
   config = _small(**{'data.tokenizer': 'bpe', 'data.vocab_size': 4096})
   tokenizer = store.prepare(config).tokenizer
   source = sources.make(config.data, 'stdlib', '')
   blocks = [[d.text for d in block] for block in store._blocks(source.documents())]
 
   def alone():
+    backend = tokenizers.load(f'{folder}/tokenizer').backend
     for texts in blocks:
-      tokenizer.backend.encode_batch_fast(sorted(texts, key=len, reverse=True), add_special_tokens=False)
+      backend.encode_batch_fast(sorted(texts, key=len, reverse=True), add_special_tokens=False)
 
   with tempfile.TemporaryDirectory() as folder:
     tokenizer.save(f'{folder}/tokenizer')
