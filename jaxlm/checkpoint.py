@@ -6,6 +6,7 @@ says is named and moved to bad/. Only the preservation policy deletes.
 """
 import contextlib
 import dataclasses
+import errno
 import fcntl
 import logging
 import math
@@ -212,7 +213,7 @@ class Checkpoints:
       try:
         self.folder.mkdir(parents=True, exist_ok=True)
         for unfinished in self.folder.glob('[0-9]*.orbax-checkpoint-tmp*'):
-          shutil.rmtree(unfinished)
+          _remove(unfinished)
         with tempfile.TemporaryFile(dir=self.folder):
           pass
       except OSError as e:
@@ -289,6 +290,18 @@ class Checkpoints:
       self._best.values.pop(step, None)
       raise RunFailed(f'Checkpoint {step} was not saved in {self.folder}: {_reason(e)}. Steps that stand: '
                       f'{_listed(self.steps())}. Mend this and start the run again.') from e
+
+
+def _remove(folder: pathlib.Path) -> None:
+  """Deletes a folder in which writers of a save that failed in this very process may still be at work."""
+  for wait_s in (0.1, 0.2, 0.4, 0.8, 1.6):
+    try:
+      return shutil.rmtree(folder)
+    except OSError as e:
+      if e.errno not in (errno.ENOTEMPTY, errno.ENOENT):
+        raise
+      time.sleep(wait_s)
+  shutil.rmtree(folder, ignore_errors=not folder.exists())
 
 
 @contextlib.contextmanager

@@ -1,0 +1,35 @@
+"""Every experiment validates as published, and trains two smoke steps."""
+import importlib.util
+import pathlib
+
+import pytest
+
+from jaxlm import check, config, train
+from jaxlm.families import gpt2, gpt3, llama
+
+ROOT = pathlib.Path(__file__).parents[1]
+EXPERIMENTS = sorted(path.stem for path in (ROOT / 'experiments').glob('*.py'))
+SIZES = {'gpt2': gpt2.SIZES, 'gpt3': gpt3.SIZES, 'llama': llama.SIZES}
+
+
+def get_config(name, arg=None):
+  spec = importlib.util.spec_from_file_location(name, ROOT / f'experiments/{name}.py')
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module.get_config(arg)
+
+
+@pytest.mark.parametrize('name', EXPERIMENTS)
+def test_every_size_is_without_fault(name):
+  for arg in [None, *(f'size={size}' for size in SIZES.get(name, ()))]:
+    assert check.faults(get_config(name, arg)) == []
+
+
+@pytest.mark.parametrize('name', EXPERIMENTS)
+def test_two_smoke_steps_train(name, tmp_path):
+  experiment = get_config(name, 'smoke')
+  assert check.faults(config.loads(config.dumps(experiment))) == []
+  experiment.update(steps=2, tensorboard=False)
+  experiment.eval.prompts = ()
+  last = train.run(experiment, str(tmp_path))
+  assert last['train/loss'] < 7 and last['eval/heldout/bits_per_byte'] > 0
