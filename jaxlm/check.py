@@ -106,6 +106,10 @@ def _training(config: ConfigDict) -> Iterator[str]:
         yield f'config.optim.{path}: {pattern!r} is not a regular expression: {e}.'
   if sum(1 for size in config.mesh.values() if size == -1) > 1:
     yield 'config.mesh: only one axis may be -1; got ' + ', '.join(a for a in MESH_AXES if config.mesh[a] == -1) + '.'
+  for axis in ('pipe', 'expert'):
+    if config.mesh[axis] != 1:
+      yield (f'config.mesh.{axis}={config.mesh[axis]}: no part of this model is split over {axis}, so its devices would '
+             'repeat the same work; set it to 1.')
   for key in ('resume', 'init_from'):
     path = config.checkpoint[key]
     if path and not os.path.isdir(path):
@@ -120,6 +124,10 @@ def _data(config: ConfigDict) -> Iterator[str]:
   names = [name for name, *_ in entries]
   if len(set(names)) != len(names):
     yield f'config.data.mixture: names must differ; got {", ".join(names)}.'
+  for name in names:
+    if not name.strip() or '/' in name or name == 'heldout':
+      yield (f'config.data.mixture: {name!r} cannot name a source: metrics are eval/<name>/…, and "heldout" is all '
+             'sources together; choose another.')
   for name, source, _, _ in data.mixture:
     try:
       lookup(sources.SOURCES, source, 'source')

@@ -280,7 +280,8 @@ class Checkpoints:
     if differences:
       more = f' … and {len(differences) - 8} more.' if len(differences) > 8 else ''
       raise JaxlmError(f'Checkpoint {step} in {self.folder} does not fit: {" ".join(differences[:8])}{more} '
-                       'Use the config it was saved with, or another workdir.')
+                       'Use the config it was saved with, or a new workdir, where config.checkpoint.init_from takes '
+                       'weights of the same shapes alone.')
 
   @contextlib.contextmanager
   def _failing(self, step: int | None) -> Iterator[None]:

@@ -13,7 +13,8 @@ from jaxlm.types import JaxlmError
 _MODEL = flags.DEFINE_string('model', None, 'A run directory, or a Hugging Face folder.')
 _PROMPT = flags.DEFINE_multi_string('prompt', [], 'Text to continue; may be given several times.')
 _PROMPT_FILE = flags.DEFINE_multi_string('prompt_file', [], 'A file whose whole text is a prompt; may be repeated.')
-_MAX_NEW_TOKENS = flags.DEFINE_integer('max_new_tokens', 64, 'Length of a continuation in tokens, at most.')
+_MAX_NEW_TOKENS = flags.DEFINE_integer('max_new_tokens', None, 'Length of a continuation in tokens, at most. '
+                                       'By default 64, or what learned positions leave room for.')
 _TEMPERATURE = flags.DEFINE_float('temperature', None, 'Divides logits before drawing; 0: the likeliest token. '
                                   'By default 0.7, and 0 with beams.')
 _TOP_K = flags.DEFINE_integer('top_k', 0, 'Draw among so many likeliest tokens; 0: all.')
@@ -38,11 +39,14 @@ def main(argv: list[str]) -> None:
     raise JaxlmError('There is nothing to continue; give --prompt=TEXT or --prompt_file=FILE (--prompt= begins a '
                      'text).')
   model = lm.load(_MODEL.value, dtype=_DTYPE.value)
+  max_new_tokens = _MAX_NEW_TOKENS.value
+  if max_new_tokens is None:
+    max_new_tokens = min(64, model.room(prompts))
   temperature = _TEMPERATURE.value
   if temperature is None:
     temperature = 0.7 if _NUM_BEAMS.value == 1 else 0.0  # small models repeat themselves without end when greedy
   continuations = model.generate(
-      prompts, max_new_tokens=_MAX_NEW_TOKENS.value, temperature=temperature, top_k=_TOP_K.value,
+      prompts, max_new_tokens=max_new_tokens, temperature=temperature, top_k=_TOP_K.value,
       top_p=_TOP_P.value, repetition_penalty=_REPETITION_PENALTY.value, seed=_SEED.value, stop=_STOP.value,
       num_beams=_NUM_BEAMS.value, length_penalty=_LENGTH_PENALTY.value)
   for number, (prompt, continuation) in enumerate(zip(prompts, continuations)):

@@ -56,7 +56,8 @@ class Journal:
                position: Position):
     self.config, self.evaluators = config, evaluators
     self.writer = Writer(workdir, step, config.steps, config.tensorboard)
-    self.last: dict[str, Any] = {}
+    self.last: dict[str, Any] = self.writer.read() if step == config.steps else {}
+    self._step, self._now = 0, {}
     self._pending: Told | None = None
     peak, source = peak_flops(jax.devices(), config.precision.compute)
     self.meter = Meter(flops_per_token, peak, position.seconds, position.tokens)
@@ -67,13 +68,12 @@ class Journal:
     """Keeps what a step just started will have measured."""
     self._pending = Told(step, examples, metrics)
 
-  def tell(self, position: Position, waiting: bool = False) -> Told | None:
-    """Writes what is kept and counts it into `position`; returns it if it was not finite and the run must act on it.
+  def of(self, step: int) -> dict[str, Any]:
+    """The numbers measured at this very step."""
+    return self._now if self._step == step else {}
 
-    Args:
-      position: of the run.
-      waiting: no step runs meanwhile, so the time since the last reading tells no speed.
-    """
+  def tell(self, position: Position) -> Told | None:
+    """Writes what is kept and counts it into `position`; returns it if it was not finite and the run must act on it."""
     told, self._pending = self._pending, None
     if told is None:
       return None
@@ -88,8 +88,7 @@ class Journal:
       self._write(told.step, told.examples[1], position, action)
       self.writer.say(f'{told}; {self.config.on_nonfinite}.')
     if bad or due(told.step, self.config.log_every) or told.step in (1, self.config.steps):
-      speed = {} if waiting else self.meter.read(position.tokens)
-      self._write(told.step, told.examples[1], position, {**told.metrics, **speed})
+      self._write(told.step, told.examples[1], position, {**told.metrics, **self.meter.read(position.tokens)})
     self.writer.advance(told.step)
     return told if bad and self.config.on_nonfinite != 'skip' else None
 
@@ -111,7 +110,9 @@ class Journal:
     self.writer.advance(step)
 
   def _write(self, step: int, examples: int, position: Position, metrics: dict[str, Any]) -> None:
-    self.last.update((name, value) for name, value in metrics.items() if isinstance(value, (int, float)))
+    numbers = {name: value for name, value in metrics.items() if isinstance(value, (int, float))}
+    self._step, self._now = step, (self._now if self._step == step else {}) | numbers
+    self.last.update(numbers)
     self.writer.write(step, dict(examples=examples, tokens=position.tokens, time_s=round(position.seconds, 3), **metrics))
 
   def close(self) -> None:

@@ -146,6 +146,13 @@ class LM:
                for prompt, prompt_ids, allowed, new in zip(prompts, ids, first, outputs)]
     return outputs[0] if single else outputs
 
+  def room(self, prompts: Sequence[Text]) -> int:
+    """Tokens that can follow the longest prompt; where positions are not learned, as many as one likes."""
+    if self.model.config.positions.kind != 'learned':
+      return 1 << 30
+    longest = max((len(self._prompt(prompt)[0]) for prompt in prompts), default=0)
+    return max(self.model.config.max_length - longest, 1)
+
   def score(self, contexts: Sequence[Text], continuations: Sequence[Text],
             batch_size: int = 32) -> list[tuple[float, int, bool]]:
     """(nats, tokens, is_greedy) of each continuation after its context.

@@ -89,7 +89,7 @@ class Meter:
   def restart(self, seconds: float, tokens: int) -> None:
     """Counts on from here."""
     self._began = time.perf_counter() - seconds
-    self._read = seconds, tokens
+    self._reads = [(seconds, tokens)] * 2
 
   def seconds(self) -> float:
     return time.perf_counter() - self._began
@@ -102,9 +102,12 @@ class Meter:
     self._began += time.perf_counter() - start
 
   def read(self, tokens: int) -> dict[str, float]:
-    """train/tokens_per_s and train/mfu since the last reading, at so many tokens in all."""
-    now, (before, learned) = self.seconds(), self._read
-    self._read = now, tokens
+    """train/tokens_per_s and train/mfu since the reading before the last, at so many tokens in all.
+
+    A step is told of while the next one runs, but before a save at once: over two readings that evens out.
+    """
+    now, (before, learned) = self.seconds(), self._reads[0]
+    self._reads = [self._reads[1], (now, tokens)]
     speed = (tokens - learned) / max(now - before, 1e-9)
     return {'train/tokens_per_s': speed} | ({'train/mfu': speed * self._flops / self._peak} if self._peak else {})
 
@@ -148,6 +151,13 @@ class Writer:
       self.bar.set_postfix_str(f'loss {metrics["train/loss"]:.3f}, {speed:,.0f} tokens/s')
     if not sys.stderr.isatty() or any(name.startswith('eval/') for name in metrics):
       self.say(f'step {step}  ' + '  '.join(f'{name} {_short(v)}' for name, v in metrics.items() if '/' in name))
+
+  def read(self) -> dict[str, Any]:
+    """The latest number of every metric written so far."""
+    last: dict[str, Any] = {}
+    for line in read_jsonl(os.path.join(self.workdir, 'metrics.jsonl')):
+      last.update((name, value) for name, value in line.items() if '/' in name and isinstance(value, (int, float)))
+    return last
 
   def advance(self, step: int) -> None:
     if self.active:

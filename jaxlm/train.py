@@ -65,6 +65,7 @@ def init_state(model: Transformer, config: Any) -> Shapes:
   boxed = jax.eval_shape(init, key)
   axes = sharding.logical_axes(boxed)
   params = nn.meta.unbox(boxed)
+  _check_rules(config.optim, params)
   trainable = lambda path: not any(trees.matches(pattern, path) for pattern in config.optim.freeze)
   tx = optim.make(config.optim, axes)
 
@@ -78,6 +79,19 @@ def init_state(model: Transformer, config: Any) -> Shapes:
   placed = sharding.state_shardings(shapes, params, sharding.param_shardings(params, axes, layout), layout)
   state, frozen = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, placed)
   return Shapes(state, frozen, tx, make)
+
+
+def _check_rules(settings: Any, params: Tree) -> None:
+  """Raises JaxlmError where a rule of the optimizer covers too little: what it names, it must mean."""
+  for rules in ('decay_rules', 'lr_rules'):
+    trees.matched(settings[rules], params, f'rule of config.optim.{rules}')
+  paths = list(trees.flatten(params))
+  for pattern in settings.freeze:
+    if not any(trees.matches(pattern, path) for path in paths):
+      raise JaxlmError(f'config.optim.freeze: {pattern!r} matches no parameter; patterns match a whole path, such as '
+                       f'{paths[0]!r}.')
+  if all(any(trees.matches(pattern, path) for pattern in settings.freeze) for path in paths):
+    raise JaxlmError('config.optim.freeze leaves no parameter to train; take a pattern out.')
 
 
 def whole(state: TrainState, frozen: Tree) -> TrainState:
@@ -106,7 +120,7 @@ LossFn = Callable[[Tree, dict[str, Array], Array | None], tuple[Array, losses.Su
 def make_step(loss_fn: LossFn, shapes: Shapes, config: Any):
   """Returns `step(state, frozen, batch) -> (state, metrics)`, compiled, its state donated.
 
-  An update whose loss or gradient is not finite is left out, `metrics['finite']` says so; the step still counts.
+  An update is left out where it, the loss or the gradient is not finite; `metrics['finite']` says so; the step still counts.
 
   Args:
     loss_fn: (all parameters, batch, rng) -> (sum of losses, sums and counts); the sum is divided by the count of
@@ -139,8 +153,8 @@ def make_step(loss_fn: LossFn, shapes: Shapes, config: Any):
     count = jnp.maximum(sums['objective'][1], 1)
     grads = jax.tree.map(lambda g, p: (g / count).astype(p.dtype), grads, state.params)
     norm = optax.global_norm(grads)
-    finite = jnp.isfinite(norm) & jnp.isfinite(sums['objective'][0])
     updates, opt_state = shapes.tx.update(grads, state.opt_state, state.params)
+    finite = jnp.isfinite(norm) & jnp.isfinite(sums['objective'][0]) & jnp.isfinite(optax.global_norm(updates))
     new = state.replace(params=optax.apply_updates(state.params, updates), opt_state=opt_state)
     if state.ema is not None:
       average = lambda mean, p: mean + (1 - config.optim.ema_decay) * (p.astype(jnp.float32) - mean)
@@ -158,10 +172,16 @@ def make_step(loss_fn: LossFn, shapes: Shapes, config: Any):
 
 
 class Signals:
-  """SIGTERM and Ctrl-C ask for a stop after this step; a second Ctrl-C stops at once."""
+  """SIGTERM and Ctrl-C ask for a stop after this step; a second Ctrl-C, or one before the loop, stops at once.
+
+  Attributes:
+    received: the name of the signal that came, or None.
+    looping: whether there are steps to wait for.
+  """
 
   def __init__(self):
     self.received: str | None = None
+    self.looping = False
 
   def __enter__(self):
     self.before = {}
@@ -174,6 +194,8 @@ class Signals:
     if number == signal.SIGINT and self.received:
       raise KeyboardInterrupt
     self.received = signal.Signals(number).name
+    if not self.looping:
+      raise Preempted(f'{self.received} before the first step; what was prepared stays. Run the same command to go on.')
 
   def stop(self, together: bool) -> bool:
     """Whether to stop; all processes of a run give the same answer, for which they must ask `together`."""
@@ -270,19 +292,23 @@ def run(config: Any, workdir: str, allow_change: Sequence[str] = ()) -> dict[str
     Preempted: it was asked to stop, and saved.
   """
   check.validate(config)
-  with lock(workdir):
+  with lock(workdir), Signals() as signals:
     directory = rundir.RunDirectory(workdir)
     prepared = store.prepare(config)
     parts = Run(config, directory.path, prepared)
     this = (config, {s.name: s.key for s in prepared.stores}, prepared.tokenizer.digest, allow_change)
     directory.check(*this)
+    if config.checkpoint.resume and directory.config is None:
+      rundir.RunDirectory(config.checkpoint.resume).check(*this)
     with parts.checkpoints:
       start = parts.start()
+      if start[0] > config.steps:
+        raise JaxlmError(f'{directory.path} has done {start[0]} steps, config.steps={config.steps} is less; raise it, or '
+                         'use another workdir.')
       directory.accept(*this)  # not before: a checkpoint that does not fit leaves config.json as it was
       if jax.process_index() == 0:
         prepared.tokenizer.save(os.path.join(directory.path, 'tokenizer'))
-      with Signals() as signals:
-        return train(parts, directory.path, signals, *start)
+      return train(parts, directory.path, signals, *start)
 
 
 def train(parts: Run, workdir: str, signals: Signals, step: int, state: TrainState, frozen: Tree,
@@ -294,8 +320,9 @@ def train(parts: Run, workdir: str, signals: Signals, step: int, state: TrainSta
   sizes, batches = parts.batches(step, position)
 
   def save():
-    checkpoints.save(step, whole(state, frozen), dataclasses.asdict(position), journal.last)
+    checkpoints.save(step, whole(state, frozen), dataclasses.asdict(position), journal.of(step))
 
+  signals.looping = True
   try:
     while step < config.steps:
       first, size = position.examples, sizes(position.examples)
@@ -307,7 +334,7 @@ def train(parts: Run, workdir: str, signals: Signals, step: int, state: TrainSta
       journal.note(step, (first, first + size), metrics)
       ending = stop or step == config.steps
       if not bad and (ending or due(step, config.eval_every) or due(step, config.save_every)):
-        bad = journal.tell(position, waiting=True)
+        bad = journal.tell(position)
       if bad and config.on_nonfinite == 'stop':
         raise RunFailed(f'{bad}; the last checkpoint is step {checkpoints.latest_valid()}. Lower the rate, or set '
                         "config.on_nonfinite to 'skip' or 'rewind'.")

@@ -412,7 +412,7 @@ CASES = (
     Case('a model allowed to change into one that does not fit',
          '--config=tiny.py --config.model.width=64 --config.model.attention.head_dim=8 --allow_change=model',
          ('Checkpoint 2 in {here}/runs/tiny/checkpoints does not fit: {differences} Use the config it was saved '
-          'with, or another workdir.',)),
+          'with, or a new workdir, where config.checkpoint.init_from takes weights of the same shapes alone.',)),
     # ---- other runs ----
     Case('a run to resume that is not there',
          '--config=tiny.py --workdir=runs/new --config.checkpoint.resume=runs/nothing',
@@ -433,11 +433,18 @@ CASES = (
     Case('a run to begin from of another architecture',
          '--config=tiny.py --workdir=runs/new --config.checkpoint.init_from=runs/tiny --config.model.num_layers=3',
          ('Checkpoint 2 in {here}/runs/tiny/checkpoints does not fit: {differences} Use the config it was saved '
-          'with, or another workdir.',)),
+          'with, or a new workdir, where config.checkpoint.init_from takes weights of the same shapes alone.',)),
     Case('a run to resume with another optimizer',
          '--config=tiny.py --workdir=runs/new --config.checkpoint.resume=runs/tiny --config.optim.name=sgd',
-         ('Checkpoint 2 in {here}/runs/tiny/checkpoints does not fit: {differences} Use the config it was saved '
-          'with, or another workdir.',)),
+         ("{here}/runs/tiny holds a run with config.optim.name='adamw', now 'sgd'; go on with --allow_change=optim, "
+          'set it back, or use another --workdir.',)),
+    Case('fewer steps than the run has done', '--config=tiny.py --config.steps=1',
+         ('{here}/runs/tiny has done 2 steps, config.steps=1 is less; raise it, or use another workdir.',)),
+    Case('a mesh axis that nothing is split over', '--config=tiny.py --config.mesh.pipe=2',
+         ('config.mesh.pipe=2: no part of this model is split over pipe, so its devices would repeat the same work; set '
+          'it to 1.',)),
+    Case('a frozen parameter that is not there', '--config=tiny.py --workdir=runs/new --config.optim.freeze="(\'nosuch\',)"',
+         ("config.optim.freeze: 'nosuch' matches no parameter; patterns match a whole path, such as 'embed/embedding'.",)),
 )
 
 

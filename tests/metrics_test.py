@@ -96,14 +96,16 @@ def clock(monkeypatch):
   return now
 
 
-def test_speed_is_of_the_tokens_since_the_last_reading(clock):
+def test_speed_is_of_the_tokens_since_the_reading_before_the_last(clock):
   meter = Meter(flops_per_token=1e6, peak=1e9, seconds=50.0, tokens=1000)
   assert meter.seconds() == 50
   clock[0] += 2
   assert meter.read(1200) == {'train/tokens_per_s': pytest.approx(100), 'train/mfu': pytest.approx(0.1)}
   clock[0] += 1
-  assert meter.read(1600)['train/tokens_per_s'] == pytest.approx(400)
-  assert meter.seconds() == 53
+  assert meter.read(1600)['train/tokens_per_s'] == pytest.approx(200)  # 600 in 3 seconds
+  clock[0] += 1
+  assert meter.read(1700)['train/tokens_per_s'] == pytest.approx(250)  # 500 in 2
+  assert meter.seconds() == 54
 
 
 def test_a_pause_takes_no_time(clock):

@@ -264,3 +264,41 @@ def test_ema_is_kept_and_evaluated(tiny, tmp_path):
 def test_two_jobs_cannot_share_a_run_directory(tiny, tmp_path):
   with checkpoint.lock(tmp_path / 'run'), pytest.raises(JaxlmError, match='in use by another process'):
     train.run(tiny, f'{tmp_path}/run')
+
+
+def test_resume_from_another_run_is_held_to_the_same_rules(whole_run, tmp_path):
+  config, whole = whole_run
+  config.checkpoint.resume = whole
+  config.seed = 7
+  with pytest.raises(JaxlmError, match='config.seed=0, now 7'):
+    train.run(config, f'{tmp_path}/other')
+
+
+def test_fewer_steps_than_are_done_are_refused_and_a_finished_run_tells_its_last_metrics(whole_run):
+  config, whole = whole_run
+  before = (open(f'{whole}/config.json').read())
+  assert train.run(config, whole)['train/loss'] == losses(whole)[6]
+  config.steps = 4
+  with pytest.raises(JaxlmError, match='has done 6 steps, config.steps=4 is less'):
+    train.run(config, whole)
+  assert open(f'{whole}/config.json').read() == before
+
+
+def test_every_training_line_tells_speed_and_every_save_only_what_was_measured_there(tiny, tmp_path):
+  mesh(tiny).update(steps=4, save_every=1, eval_every=2)
+  train.run(tiny, f'{tmp_path}/run')
+  lines = [line for line in read_jsonl(f'{tmp_path}/run/metrics.jsonl') if 'train/loss' in line]
+  assert all(line['train/tokens_per_s'] > 0 for line in lines) and len(lines) == 4
+  manifest = {step: json.loads((tmp_path / f'run/checkpoints/{step}/manifest.json').read_text()) for step in (3, 4)}
+  assert 'eval/heldout/loss' in manifest[4]['metrics'] and 'eval/heldout/loss' not in manifest[3]['metrics']
+
+
+@pytest.mark.parametrize('changes, words', [
+    ({'optim.freeze': ('nosuch',)}, "freeze: 'nosuch' matches no parameter"),
+    ({'optim.freeze': ('.*',)}, 'leaves no parameter to train'),
+    ({'optim.decay_rules': (('embed.*', 0.0),)}, 'No rule of config.optim.decay_rules matches')])
+def test_rules_that_cover_too_little_are_refused(tiny, tmp_path, changes, words):
+  with tiny.unlocked():
+    tiny.update_from_flattened_dict(changes)
+  with pytest.raises(JaxlmError, match=words):
+    train.run(mesh(tiny), f'{tmp_path}/run')

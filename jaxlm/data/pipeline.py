@@ -275,11 +275,16 @@ def documents_at(where, step: int, make_objective: Callable[[Any, Any], Any]) ->
     if not (folder / 'config.json').exists():
       raise JaxlmError(f'{folder} is no run directory: it has no config.json.')
     config = configs.loads((folder / 'config.json').read_text(encoding='utf-8'))
+    record = folder / 'run.json'
+    recorded = json.loads(record.read_text(encoding='utf-8'))['data_digest'] if record.exists() else None
     begin, end, skips = _recorded(folder / 'metrics.jsonl', BatchSizes.of(config), step)
   else:
-    config, skips, sizes = where, (), BatchSizes.of(where)
+    config, skips, sizes, recorded = where, (), BatchSizes.of(where), None
     begin, end = sizes.consumed(step - 1), sizes.consumed(step)
   stores, tokenizer = prepare(config)
+  if recorded is not None and recorded != {store.name: store.key for store in stores}:
+    raise JaxlmError(f'{where} was trained on other text than its sources hold now, or other tokens of it; put the old '
+                     'files back to see what a batch was made of.')
   stream = Stream(config, stores, make_objective(config, tokenizer.vocab), tokenizer.vocab)
   examples = stream_indices(np.arange(begin, end), skips).tolist()
   return [dict(row=row, example=example, **piece)
