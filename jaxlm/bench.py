@@ -39,12 +39,12 @@ def _timed(fn: Callable[[], Any]) -> float:
   return time.perf_counter() - start
 
 
-def _ratio(name: str, a: Callable[[], Any], b: Callable[[], Any], rounds: int, **more: Any) -> Line:
+def _ratio(name: str, a: Callable[[], Any], b: Callable[[], Any], rounds: int) -> Line:
   """Times a and b in turn; seconds of a over seconds of b."""
   pairs = [(_timed(a), _timed(b)) for _ in range(rounds)]
   ratios = [x / y for x, y in pairs]
   return dict(measure=name, ratio=round(statistics.median(ratios), 3), least=round(min(ratios), 3),
-              most=round(max(ratios), 3), seconds=[round(statistics.median(s), 4) for s in zip(*pairs)], rounds=rounds, **more)
+              most=round(max(ratios), 3), seconds=[round(statistics.median(s), 4) for s in zip(*pairs)], rounds=rounds)
 
 
 def _small(**changes: Any) -> Any:
@@ -101,8 +101,8 @@ def data(rounds: int) -> Iterator[Line]:
         batches.at(step * 32)
       busy = max(time.process_time() - cpu, 1e-9)
       rates.append((100 * 32 * 1024 / busy, 100 * 32 * 1024 / (time.perf_counter() - wall)))
-  yield dict(measure='tokens/s from store to batch, windows of 1,024', by_cpu_time=round(statistics.median(r[0] for r in rates)),
-             by_wall=round(statistics.median(r[1] for r in rates)), rounds=rounds)
+  by_cpu, by_wall = (round(statistics.median(rate)) for rate in zip(*rates))
+  yield dict(measure='tokens/s from store to batch, windows of 1,024', by_cpu_time=by_cpu, by_wall=by_wall, rounds=rounds)
   found = [mixtures.planning_speed() for _ in range(rounds)]
   yield dict(measure='planning a mixture over 10⁹ windows', rounds=rounds,
              **{key: float(f'{statistics.median(f[key] for f in found):.3g}') for key in found[0]})
@@ -134,7 +134,7 @@ def prepare(rounds: int) -> Iterator[Line]:
 def loop(rounds: int) -> Iterator[Line]:
   """A quickstart-sized run of 60 steps that saves three times, timed step by step.
 
-  Each step is waited for, so nothing overlaps with it and the share is an upper bound; the first two steps are left out.
+  Each step is waited for, so nothing overlaps with it and the share is an upper bound; the first two are left out.
   """
   import jax
   from jaxlm import train
@@ -161,8 +161,8 @@ def loop(rounds: int) -> Iterator[Line]:
       train.make_step = plain
     spans = spans[2:]
     shares.append(1 - sum(end - start for start, end in spans) / (spans[-1][1] - spans[0][0]))
-  yield dict(measure='share of the loop outside the jitted step, saves included', median=round(statistics.median(shares), 4),
-             least=round(min(shares), 4), most=round(max(shares), 4), rounds=rounds)
+  yield dict(measure='share of the loop outside the jitted step, saves included',
+             median=round(statistics.median(shares), 4), least=round(min(shares), 4), most=round(max(shares), 4), rounds=rounds)
 
 
 def memory(rounds: int) -> Iterator[Line]:
@@ -183,9 +183,11 @@ def memory(rounds: int) -> Iterator[Line]:
       order = jax.ShapeDtypeStruct((1, length), jnp.int32)
       compiled = jax.jit(jax.grad(loss, (0, 1, 2))).lower(x, x, x, order).compile()
       sizes[length] = compiled.memory_analysis().temp_size_in_bytes
-    yield dict(measure=f'temporary bytes of {name} attention, forward and backward, by length', **{str(k): v for k, v in sizes.items()})
+    yield dict(measure=f'temporary bytes of {name} attention, forward and backward, by length',
+               **{str(length): size for length, size in sizes.items()})
   if len(jax.devices()) < 8:
-    yield dict(measure='state a device under fsdp=8', left_out='needs XLA_FLAGS=--xla_force_host_platform_device_count=8')
+    yield dict(measure='state a device under fsdp=8',
+               left_out='needs XLA_FLAGS=--xla_force_host_platform_device_count=8')
     return
   with tempfile.TemporaryDirectory() as folder:
     parts = _parts(_small(**{'mesh.data': -1 if len(jax.devices()) > 8 else 1, 'mesh.fsdp': 8}), folder)

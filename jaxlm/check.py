@@ -108,14 +108,15 @@ def _training(config: ConfigDict) -> Iterator[str]:
     yield 'config.mesh: only one axis may be -1; got ' + ', '.join(a for a in MESH_AXES if config.mesh[a] == -1) + '.'
   for axis in ('pipe', 'expert'):
     if config.mesh[axis] != 1:
-      yield (f'config.mesh.{axis}={config.mesh[axis]}: no part of this model is split over {axis}, so its devices would '
-             'repeat the same work; set it to 1.')
+      yield (f'config.mesh.{axis}={config.mesh[axis]}: no part of this model is split over {axis}, so its devices '
+             'would repeat the same work; set it to 1.')
   for key in ('resume', 'init_from'):
     path = config.checkpoint[key]
     if path and not os.path.isdir(path):
       yield f'config.checkpoint.{key}: no folder {path!r}; give the run directory to start from.'
   if config.checkpoint.resume and config.checkpoint.init_from:
-    yield 'config.checkpoint: resume and init_from are both set; resume continues a run, init_from only takes its weights.'
+    yield ('config.checkpoint: resume and init_from are both set; resume continues a run, init_from only takes its '
+           'weights.')
 
 
 def _data(config: ConfigDict) -> Iterator[str]:

@@ -79,7 +79,8 @@ class Evaluators:
     eos = [vocab.eos] if vocab.eos is not None else []
     found = decode.generate(self._model, params, prompts, length, sampling, eos, first=first)
     for prompt, allowed, ids in zip(settings.prompts, first, found):
-      yield prompt, self._tokenizer.decode(ids)[allowed is not None:]  # the space is the prompt's
+      text = self._tokenizer.decode(ids)
+      yield prompt, text if allowed is None else text[1:]  # the space is the prompt's
 
 
 def _told(name: str, sums: dict[str, float]) -> dict[str, float]:

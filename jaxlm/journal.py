@@ -113,7 +113,8 @@ class Journal:
     numbers = {name: value for name, value in metrics.items() if isinstance(value, (int, float))}
     self._step, self._now = step, (self._now if self._step == step else {}) | numbers
     self.last.update(numbers)
-    self.writer.write(step, dict(examples=examples, tokens=position.tokens, time_s=round(position.seconds, 3), **metrics))
+    place = dict(examples=examples, tokens=position.tokens, time_s=round(position.seconds, 3))
+    self.writer.write(step, place | metrics)
 
   def close(self) -> None:
     self.writer.close()

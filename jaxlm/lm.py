@@ -142,8 +142,12 @@ class LM:
     told = lambda new: any(text in self.tokenizer.decode(new) for text in stops)
     outputs = decode.generate(self.model, self.params, ids, max_new_tokens, sampling, self.eos,
                               told if stops else None, batch_size, first)
-    outputs = [self._text(prompt_ids, new, stops)[allowed is not None:] if isinstance(prompt, str) else self._cut(new, told) if stops else new
-               for prompt, prompt_ids, allowed, new in zip(prompts, ids, first, outputs)]
+    for row, (prompt, new) in enumerate(zip(prompts, outputs)):
+      if isinstance(prompt, str):
+        text = self._text(ids[row], new, stops)
+        outputs[row] = text if first[row] is None else text[1:]  # the space is the prompt's
+      elif stops:
+        outputs[row] = self._cut(new, told)
     return outputs[0] if single else outputs
 
   def room(self, prompts: Sequence[Text]) -> int:

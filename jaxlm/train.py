@@ -120,7 +120,8 @@ LossFn = Callable[[Tree, dict[str, Array], Array | None], tuple[Array, losses.Su
 def make_step(loss_fn: LossFn, shapes: Shapes, config: Any):
   """Returns `step(state, frozen, batch) -> (state, metrics)`, compiled, its state donated.
 
-  An update is left out where it, the loss or the gradient is not finite; `metrics['finite']` says so; the step still counts.
+  An update is left out where it, the loss or the gradient is not finite; `metrics['finite']` says so, and the step
+  still counts.
 
   Args:
     loss_fn: (all parameters, batch, rng) -> (sum of losses, sums and counts); the sum is divided by the count of
@@ -237,7 +238,8 @@ class Run:
     if found is None and config.checkpoint.resume:
       found = _other(config.checkpoint.resume).restore(target)
       if found is None:
-        raise JaxlmError(f'config.checkpoint.resume: {config.checkpoint.resume} has no valid checkpoint to continue from.')
+        raise JaxlmError(f'config.checkpoint.resume: {config.checkpoint.resume} has no valid checkpoint to continue '
+                         'from.')
     if found is not None:
       step, state, data = found
       return step, *split(state, self.shapes.frozen), Position(**data)
@@ -303,8 +305,8 @@ def run(config: Any, workdir: str, allow_change: Sequence[str] = ()) -> dict[str
     with parts.checkpoints:
       start = parts.start()
       if start[0] > config.steps:
-        raise JaxlmError(f'{directory.path} has done {start[0]} steps, config.steps={config.steps} is less; raise it, or '
-                         'use another workdir.')
+        raise JaxlmError(f'{directory.path} has done {start[0]} steps, config.steps={config.steps} is less; raise it, '
+                         'or use another workdir.')
       directory.accept(*this)  # not before: a checkpoint that does not fit leaves config.json as it was
       if jax.process_index() == 0:
         prepared.tokenizer.save(os.path.join(directory.path, 'tokenizer'))

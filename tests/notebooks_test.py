@@ -10,8 +10,8 @@ NOTEBOOKS = sorted((pathlib.Path(__file__).parents[1] / 'notebooks').glob('*.ipy
 def test_notebook_runs(path, tmp_path):
   nbformat, nbclient = pytest.importorskip('nbformat'), pytest.importorskip('nbclient')
   pytest.importorskip('matplotlib')
-  notebook = nbformat.read(path, 4)
+  notebook, resources = nbformat.read(path, 4), {'metadata': {'path': tmp_path}}
   assert not any(cell.get('outputs') for cell in notebook.cells), 'commit notebooks without outputs'
-  nbclient.NotebookClient(notebook, timeout=600, kernel_name='python3', resources={'metadata': {'path': tmp_path}}).execute()
-  pictures = [output for cell in notebook.cells for output in cell.get('outputs', ()) if 'image/png' in output.get('data', {})]
-  assert len(pictures) == 3
+  nbclient.NotebookClient(notebook, timeout=600, kernel_name='python3', resources=resources).execute()
+  outputs = [output for cell in notebook.cells for output in cell.get('outputs', ())]
+  assert sum('image/png' in output.get('data', {}) for output in outputs) == 3
