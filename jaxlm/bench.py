@@ -63,11 +63,12 @@ def _parts(config: Any, workdir: str):
 def compile_time(rounds: int) -> Iterator[Line]:
   """Lowering and compiling the train step, nothing cached."""
   import jax
+  from jaxlm.journal import Position
   jax.config.update('jax_enable_compilation_cache', False)
   with tempfile.TemporaryDirectory() as folder:
     def compiling(layers):
       parts = _parts(_small(**{'model.num_layers': layers, 'mesh.data': 1}), f'{folder}/{layers}')
-      batch = parts.place(parts.batches(0, _start())[1].at(0), parts.config.batch_size)
+      batch = parts.place(parts.batches(0, Position())[1].at(0), parts.config.batch_size)
       def fresh():
         jax.clear_caches()
         parts.step_fn.lower(parts.shapes.state, parts.shapes.frozen, batch).compile()
@@ -75,11 +76,6 @@ def compile_time(rounds: int) -> Iterator[Line]:
     deep, shallow = compiling(48), compiling(4)
     shallow()
     yield _ratio('compile time of 48 layers over 4', deep, shallow, rounds)
-
-
-def _start():
-  from jaxlm.journal import Position
-  return Position()
 
 
 def data(rounds: int) -> Iterator[Line]:
