@@ -67,9 +67,9 @@ def smoke(config: ConfigDict) -> ConfigDict:
 def laptop(config: ConfigDict) -> ConfigDict:
   """Shrinks any experiment to minutes on two cores: 2,048 pieces of the standard library, 4 layers of width 128."""
   config.data.update(tokenizer='bpe', vocab_size=2048, holdout=0.05)
-  config.update(steps=300, batch_size=16, seq_len=128, log_every=50, eval_every=0, save_every=0)
+  config.update(steps=200, batch_size=16, seq_len=128, log_every=50, eval_every=0, save_every=0)
   config.eval.update(max_tokens=1 << 15, sample_tokens=32)
-  config.optim.update(lr=2e-3, warmup_steps=30)
+  config.optim.update(lr=2e-3, warmup_steps=20)
   config.model.vocab_pad_to = 128
   return _shrunk(config, width=128, num_heads=4, num_layers=4)
 

@@ -85,7 +85,7 @@ def _most(n: int, rate: float, mean: float) -> int:
   """Blanks that n tokens may have; lengths are Poisson's without 0."""
   some = 1 - np.exp(-mean)
   average = mean / some
-  return spans.most_spans(np.ceil(rate * n), average, average * (1 + mean) - average ** 2)
+  return spans.most_spans(rate * n, average, average * (1 + mean) - average ** 2)
 
 
 def blanks_length(n: int, rate: float, mean: float) -> int:
@@ -118,8 +118,8 @@ def infilling(item: Item, rng, settings: Blanks, length: int, mask_documents: bo
   elif drawn < settings.long + settings.sentences:
     kind, hidden, starts = settings.smask, *_sentences(row, begins, settings, rng)
   else:
-    total = min(rows.about(settings.rate * n, rng), max(n - 1, 0))
-    lengths = spans.until(total, settings.mean, 1, _most(n, settings.rate, settings.mean), rng)
+    most_blanks = _most(n, settings.rate, settings.mean)
+    lengths = spans.drawn(settings.rate * n, settings.mean, 1, most_blanks, max(n - 1, 0), rng)
     hidden, _ = spans.scattered(n, lengths, rng)
     starts = hidden & (begins | ~np.roll(hidden, 1)) if n else hidden
     starts[:1] = hidden[:1]

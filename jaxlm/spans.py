@@ -4,6 +4,8 @@ What is corrupted becomes a source and a target. A span is cut out of the row as
 end of a document, which masked documents allow, its second part is cut out of the next one without a sentinel of its
 own. That document's target then begins with the text before its source. So lengths stay exact whatever a row holds.
 """
+import functools
+import math
 from typing import Callable, NamedTuple, Sequence
 
 import numpy as np
@@ -195,24 +197,67 @@ def most_spans(noise_tokens: float, mean: float, variance: float) -> int:
 
   A draw that reaches it makes its last span as long as it must be (one row in forty).
   """
-  return int(np.ceil(noise_tokens / mean + 2 * np.sqrt(noise_tokens * variance / mean ** 3) + 1))
+  return int(np.ceil(noise_tokens / mean + 2 * np.sqrt(noise_tokens * variance / mean ** 3)))
 
 
-def until(total: int, mean: float, shortest: int, most: int, rng) -> np.ndarray:
-  """Lengths drawn from a Poisson law, those below `shortest` drawn again, until they sum to total; at most `most`."""
-  lengths = rng.poisson(mean, 2 * most + 8)
-  lengths = lengths[lengths >= shortest][:most]
+class Law(NamedTuple):
+  """Poisson's law of lengths from `shortest` on, those above the table's end cut to it.
+
+  Attributes:
+    below: probability of a length of at most l.
+    sums: what lengths drawn until they sum to t or more sum to on average, for each t.
+  """
+  below: np.ndarray
+  sums: np.ndarray
+
+
+@functools.lru_cache(maxsize=256)
+def _law(mean: float, shortest: int, size: int) -> Law:
+  lengths = np.arange(size + 1)
+  p = np.exp(lengths * np.log(mean) - mean - np.array([math.lgamma(x + 1) for x in lengths]))
+  p[:shortest] = 0
+  p[size] += max(1 - np.exp(-mean) * (shortest > 0) - p.sum(), 0)
+  p /= p.sum()
+  number = np.zeros(size + 1)  # drawn until they are t or more: one, and what the rest takes; 0 leaves all of it
+  for t in range(1, size + 1):
+    number[t] = (1 + p[1:t] @ number[t - 1:0:-1]) / (1 - p[0])
+  return Law(np.cumsum(p), (p @ lengths) * number)
+
+
+def _law_for(tokens: float, mean: float, shortest: int) -> Law:
+  """A table long enough for so many tokens; few different ones are ever made."""
+  return _law(mean, shortest, 1 << max(int(tokens + 4 * mean) + 2, 8).bit_length())
+
+
+def least(expected: float, mean: float, shortest: int) -> int:
+  """Tokens that `drawn` surely covers."""
+  return int(np.searchsorted(_law_for(expected, mean, shortest).sums, expected, 'right')) - 1
+
+
+def drawn(expected: float, mean: float, shortest: int, most: int, limit: int, rng) -> np.ndarray:
+  """Lengths that follow Poisson's law and sum to `expected` on average.
+
+  They are drawn until a threshold is reached, and the last one is kept as it is: cut to a fixed sum, lengths would be
+  shorter than nominal. The threshold is the one, or the next, for which the sum is right on average (Wald's identity).
+
+  Args:
+    shortest: 0 or 1; shorter ones are drawn again.
+    most, limit: lengths and tokens there may be at most; what this takes from or adds to the last one is rare.
+  """
+  law = _law_for(expected, mean, shortest)
+  t = int(np.searchsorted(law.sums, expected, 'right')) - 1
+  t = min(t + (rng.random() * (law.sums[t + 1] - law.sums[t]) < expected - law.sums[t]), limit)
+  lengths = np.searchsorted(law.below[:-1], rng.random(most), 'right') * (t > 0)
   sums = np.cumsum(lengths)
-  num = int(np.searchsorted(sums, total)) + 1
-  lengths = lengths[:num]
-  if total and len(lengths):
-    lengths[-1] += total - lengths.sum()
-  return lengths if total else lengths[:0]
+  num = min(int(np.searchsorted(sums, t)) + 1, most) if t else 0
+  lengths, sums = lengths[:num], np.minimum(sums[:num], limit)
+  sums[-1:] = np.maximum(sums[-1:], t)
+  return np.diff(sums, prepend=0)
 
 
 def bart_length(n: int, rate: float, mean: float) -> int:
   """Columns that the source of n tokens may need."""
-  return n - int(rate * n) + (most_spans(np.ceil(rate * n), mean, mean) if rate else 0)
+  return n - least(rate * n, mean, 0) + (most_spans(rate * n, mean, mean) if rate else 0)
 
 
 def bart_raw(seq_len: int, rate: float, mean: float, together: bool) -> int:
@@ -238,8 +283,8 @@ def bart(item: Item, rng, settings: Noise, mask_documents: bool, layout: Layout)
     kept = rng.random(len(row.tokens)) >= settings.delete
     row = Row(*(x[kept] for x in row))
   n = len(row.tokens)
-  total = min(rows.about(settings.rate * n, rng), max(n - 1, 0))
-  lengths = until(total, settings.mean, 0, most_spans(np.ceil(settings.rate * n), settings.mean, settings.mean), rng)
+  most = most_spans(settings.rate * n, settings.mean, settings.mean)
+  lengths = drawn(settings.rate * n, settings.mean, 0, most, max(n - 1, 0), rng)
   mask, inserted = scattered(n, lengths, rng)
   starts = mask.copy()
   starts[1:] &= ~mask[:-1]

@@ -201,7 +201,7 @@ def test_every_pair_learns_more_than_frequencies_and_alike_on_8_devices(name, ki
     config.optim.update(lr=4e-3, warmup_steps=20, total_steps=400)
     config.eval.update(max_tokens=1 << 14, prompts=())
     config.mesh.data = devices
-    monkeypatch.setattr(sharding, 'make_mesh', lambda sizes, given=None, n=devices: make(sizes, jax.devices()[:n]))
+    monkeypatch.setattr(sharding, 'make_mesh', lambda sizes, given=None, n=devices: make(sizes, given or jax.devices()[:n]))
     workdir = tmp_path / str(devices)
     last = train.run(config, str(workdir))
     lines = [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
