@@ -163,15 +163,31 @@ def test_bart_masks_its_rate_in_spans_of_its_mean():
     left += np.count_nonzero(is_text(source))
     masks += np.count_nonzero(source == VOCAB.mask)
   assert 1 - left / (SAMPLES * raw) == pytest.approx(0.3, rel=0.01)
-  # The last span of a row is cut to what is left, so there are more than rate · R / mean of them, by half a span about.
-  expected = 0.3 * raw / 3
-  assert expected < masks / SAMPLES < expected + 1
+  assert masks / SAMPLES == pytest.approx(0.3 * raw / 3, rel=0.01)  # 0.3% fewer: the room for them is bounded
 
 
 def test_lengths_of_spans_are_poisson_with_0():
-  lengths = np.concatenate([spans.until(300, 3.0, 0, 200, rng)[:-1] for rng in map(rng_of, range(300))])
+  lengths = np.concatenate([spans.drawn(300, 3.0, 0, 200, 10_000, rng) for rng in map(rng_of, range(300))])
   law = np.exp(-3) * np.array([1, 3, 9 / 2, 27 / 6, 81 / 24])
   np.testing.assert_allclose(np.bincount(lengths)[:5] / len(lengths), law, rtol=0.06)  # 2.5% at 30,000 draws
+
+
+@pytest.mark.parametrize('expected', [0.7, 1.5, 7.7, 60.0])
+@pytest.mark.parametrize('shortest, mean', [(0, 3.0), (1, 3.0 / (1 - np.exp(-3)))])
+def test_drawn_lengths_have_their_mean_and_their_sum_however_few(expected, shortest, mean):
+  total, number, rng = 0, 0, rng_of(0)
+  for _ in range(40_000):
+    lengths = spans.drawn(expected, 3.0, shortest, 60, 10_000, rng)
+    total, number = total + lengths.sum(), number + len(lengths)
+    assert lengths.sum() >= spans.least(expected, 3.0, shortest)
+  assert total / 40_000 == pytest.approx(expected, rel=0.02)  # at 0.7 a standard deviation is 1.0%, at 60 0.02%
+  assert total / number == pytest.approx(mean, rel=0.02)
+
+
+def test_lengths_never_pass_their_limit():
+  for i in range(500):
+    assert spans.drawn(4.0, 8.0, 1, 20, 5, rng_of(i)).sum() <= 5
+    assert len(spans.drawn(40.0, 3.0, 1, 6, 100, rng_of(i))) <= 6
 
 
 def test_a_source_without_permutation_is_the_text_with_gaps():
