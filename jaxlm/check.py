@@ -67,7 +67,8 @@ def _model(config: ConfigDict) -> Iterator[str]:
   if attention.num_heads % attention.num_kv_heads:
     yield (f'config.model.attention: num_heads={attention.num_heads} does not divide by '
            f'num_kv_heads={attention.num_kv_heads}; each key head serves a whole group of query heads.')
-  if attention.head_dim == model.width // attention.num_heads and model.width % attention.num_heads:
+  attends = model.mixer == 'attention' or model.structure == 'encoder_decoder'
+  if attends and attention.head_dim == model.width // attention.num_heads and model.width % attention.num_heads:
     yield (f'config.model.width={model.width} does not divide by attention.num_heads={attention.num_heads}; '
            'change one, or set attention.head_dim.')
   yield from _positions(config)

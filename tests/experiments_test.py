@@ -5,11 +5,13 @@ import pathlib
 import pytest
 
 from jaxlm import check, config, train
-from jaxlm.families import table
+from jaxlm.families import lstm, table
 
 ROOT = pathlib.Path(__file__).parents[1]
 EXPERIMENTS = sorted(path.stem for path in (ROOT / 'experiments').glob('*.py'))
-SIZES = {name: family.SIZES for name, family in table.FAMILIES.items()}
+ARGS = {name: [f'size={size}' for size in family.SIZES] for name, family in table.FAMILIES.items()}
+ARGS['predecessors'] = [f'cell={cell}' for cell in ('rnn', 'gru', 'lstm', 'mlstm', 'attention')]
+ARGS['lstm'] += [f'cell={cell},laptop' for cell in lstm.CELLS]
 
 
 def get_config(name, arg=None):
@@ -21,11 +23,11 @@ def get_config(name, arg=None):
 
 @pytest.mark.parametrize('name', EXPERIMENTS)
 def test_every_size_is_without_fault(name):
-  for arg in [None, *(f'size={size}' for size in SIZES.get(name, ()))]:
+  for arg in [None, *ARGS.get(name, ())]:
     assert check.faults(get_config(name, arg)) == []
 
 
-@pytest.mark.parametrize('name', sorted(set(EXPERIMENTS) & set(SIZES)))
+@pytest.mark.parametrize('name', sorted(set(EXPERIMENTS) & set(ARGS)))
 def test_every_family_has_a_form_for_a_laptop(name):
   assert check.faults(get_config(name, 'laptop')) == []
 

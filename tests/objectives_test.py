@@ -327,7 +327,7 @@ def test_positions_of_a_long_blank_run_on_where_the_model_reads_one_dim():
     ('masked', 'encoder', 64, dict(mask=0.9, random=0.2), 'mask=0.9 and random=0.2 are shares of the same tokens'),
     ('prefix', 'decoder', 64, dict(min_rate=0.9), 'min_rate=0.9 is above max_rate=0.75'),
     ('infilling', 'decoder', 64, dict(sentences=0.7), 'long=0.5 and sentences=0.7 are shares of the same rows'),
-    ('infilling', 'decoder', 6, {}, 'no room for text in config.seq_len=6 columns'),
+    ('infilling', 'decoder', 4, {}, 'no room for text in config.seq_len=4 columns'),
     ('sentence_order', 'encoder', 6, {}, 'no room for text in config.seq_len=6 columns')])
 def test_settings_that_cannot_work_together_are_refused(name, kind, seq_len, own, told):
   config = config_of(name, kind, seq_len, **own)
