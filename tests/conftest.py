@@ -1,8 +1,13 @@
-"""Eight CPU devices, and nothing of the user's touched."""
+"""Eight CPU devices, programs compiled fast rather than well, and nothing of the user's touched."""
+import importlib.metadata
 import os
 
+FLAGS = ['--xla_force_host_platform_device_count=8', '--xla_backend_optimization_level=0']
+if importlib.metadata.version('jax').startswith('0.10.'):
+  FLAGS.append('--xla_cpu_use_fusion_emitters=false')  # later ones have no other way, and no such flag
+
 os.environ['JAX_PLATFORMS'] = 'cpu'
-os.environ['XLA_FLAGS'] = os.environ.get('XLA_FLAGS', '') + ' --xla_force_host_platform_device_count=8'
+os.environ['XLA_FLAGS'] = ' '.join([*FLAGS, os.environ.get('XLA_FLAGS', '')])
 os.environ['HF_HUB_OFFLINE'] = '1'
 # Many tests compile the same tiny programs.
 os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0.2'

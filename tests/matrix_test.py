@@ -70,7 +70,7 @@ def small(name, kind):
   return objective, model, params
 
 
-@functools.partial(jax.jit, static_argnums=0, compiler_options={'xla_backend_optimization_level': 0})
+@functools.partial(jax.jit, static_argnums=0)
 def features(model, params, batch):
   """[B, M, E] of the places that are predicted; those of future heads follow, [B, T, E] each."""
   if model.config.generator.width:

@@ -16,7 +16,7 @@ CONTINUED = [('causal', 'recurrent'), ('prefix', 'decoder'), ('infilling', 'deco
              ('permutation', 'two_stream')]
 
 
-@functools.partial(jax.jit, static_argnums=0, compiler_options={'xla_backend_optimization_level': 0})
+@functools.partial(jax.jit, static_argnums=0)
 def forward(model, params, inputs):
   """Logits [B, T, V] of whole rows, without a cache."""
   real_BT = jnp.arange(inputs.tokens_BT.shape[1]) < inputs.lengths_B[:, None]

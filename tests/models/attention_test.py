@@ -1,6 +1,5 @@
 """The attention layer's cache: decoding a token at a time is the full forward."""
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +12,6 @@ from jaxlm.models.transformer import init_cache, unstack
 # float32 sums in another order, logits of about 3; measured max 2.5e-6.
 ATOL = 1e-5
 # These tests compile much and run little; without LLVM's optimizations they take half as long.
-_jit = functools.partial(jax.jit, compiler_options={'xla_backend_optimization_level': 0})
 
 
 def _attention(**changes):
@@ -31,7 +29,7 @@ def _decode(model, params, tokens_BT, lengths_B, chunks):
   B, T = tokens_BT.shape
   unrolled, layers = _unrolled(model, params)
   cache, logits = init_cache(model.config, B, T), np.full((B, T, 32), np.nan)
-  apply = _jit(lambda batch, cache: unrolled.apply({'params': layers}, batch, cache))
+  apply = jax.jit(lambda batch, cache: unrolled.apply({'params': layers}, batch, cache))
 
   def run(first_B, size, end_B):
     nonlocal cache
@@ -66,7 +64,7 @@ def test_decoding_with_a_cache_equals_the_full_forward(kind, changes, chunks, mo
   model = model_of(positions=dict(kind=kind), attention=_attention(**changes))
   params = params_of(model)
   tokens_BT = np.random.default_rng(0).integers(0, 29, (3, 14))
-  want = _jit(model.apply)({'params': params}, {'tokens': jnp.asarray(tokens_BT)}).logits
+  want = jax.jit(model.apply)({'params': params}, {'tokens': jnp.asarray(tokens_BT)}).logits
   got = _decode(model, params, tokens_BT, np.array([9, 5, 1]), chunks)
   np.testing.assert_allclose(got, want, atol=ATOL)
 
@@ -75,14 +73,14 @@ def test_prompts_padded_on_the_left_decode_the_same(model_of, params_of):
   model = model_of(positions=dict(kind='rope'), attention=_attention(windows=(0, 4)))
   params = params_of(model)
   tokens_BT = np.random.default_rng(0).integers(0, 29, (2, 8))
-  want = _jit(model.apply)({'params': params}, {'tokens': jnp.asarray(tokens_BT)}).logits
+  want = jax.jit(model.apply)({'params': params}, {'tokens': jnp.asarray(tokens_BT)}).logits
   unrolled, layers = _unrolled(model, params)
   pad_B = np.array([0, 3])
   positions = np.arange(8) - pad_B[:, None]
   shifted = np.take_along_axis(tokens_BT, np.maximum(positions, 0), 1)
   batch = {'tokens': shifted, 'positions': np.maximum(positions, 0), 'segment_ids': positions >= 0}
   batch = {k: jnp.asarray(v, jnp.int32) for k, v in batch.items()}
-  output = _jit(unrolled.apply)({'params': layers}, batch, init_cache(model.config, 2, 12))
+  output = jax.jit(unrolled.apply)({'params': layers}, batch, init_cache(model.config, 2, 12))
   np.testing.assert_allclose(output.logits[0], want[0], atol=ATOL)
   np.testing.assert_allclose(output.logits[1, 3:], want[1, :5], atol=ATOL)
 
@@ -98,8 +96,8 @@ def test_a_scanned_stack_writes_the_same_cache(model_of, params_of):
   params, tokens = params_of(model), jnp.asarray(np.random.default_rng(0).integers(0, 29, (2, 5)))
   unrolled, layers = _unrolled(model, params)
   cache = init_cache(model.config, 2, 8)
-  want = _jit(unrolled.apply)({'params': layers}, {'tokens': tokens}, cache)
-  got = _jit(model.apply)({'params': params}, {'tokens': tokens}, cache)
+  want = jax.jit(unrolled.apply)({'params': layers}, {'tokens': tokens}, cache)
+  got = jax.jit(model.apply)({'params': params}, {'tokens': tokens}, cache)
   np.testing.assert_allclose(got.logits, want.logits, atol=ATOL)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=ATOL), got.cache, want.cache)
 

@@ -1,6 +1,5 @@
 """Latent attention and sinks: against transformers and NumPy, decoding from latents, blocks, gradients."""
 import dataclasses
-import functools
 
 import flax.linen as nn
 import jax
@@ -16,7 +15,6 @@ from jaxlm.models.transformer import init_cache, unstack
 
 # float32 sums in another order, values of about 1; measured max 1e-6.
 ATOL = 1e-5
-_jit = functools.partial(jax.jit, compiler_options={'xla_backend_optimization_level': 0})
 
 LATENT = dict(kv_rank=10, q_rank=12, rope_dim=4, value_dim=6)
 
@@ -84,7 +82,7 @@ def test_latent_attention_equals_transformers(q_rank, interleaved, model_of):
   rotary = theirs.DeepseekV3RotaryEmbedding(config)(x, torch.arange(9)[None])
   with torch.no_grad():
     want = module(x, rotary, _causal(torch, 9))[0]
-  np.testing.assert_allclose(_jit(run)(params, x_BTD), want, atol=ATOL)
+  np.testing.assert_allclose(jax.jit(run)(params, x_BTD), want, atol=ATOL)
 
 
 def _decoded(model, params, tokens_BT, lengths_B, prefill):
@@ -92,7 +90,7 @@ def _decoded(model, params, tokens_BT, lengths_B, prefill):
   B, T = tokens_BT.shape
   single = model.clone(config=dataclasses.replace(model.config, scan=False))
   layers, cache = unstack(params, model.config), init_cache(model.config, B, T)
-  apply = _jit(lambda batch, cache: single.apply({'params': layers}, batch, cache))
+  apply = jax.jit(lambda batch, cache: single.apply({'params': layers}, batch, cache))
   logits, first_B, size, end_B = np.full((B, T, 32), np.nan), np.zeros(B, int), prefill, lengths_B
   while True:
     at_BT = first_B[:, None] + np.arange(size)
@@ -114,7 +112,7 @@ def test_decoding_from_latents_equals_the_full_forward(latent, attention, model_
   model = _model(model_of, True, latent, **attention)
   params = params_of(model)
   tokens_BT = np.random.default_rng(0).integers(0, 29, (3, 12))
-  want = _jit(model.apply)({'params': params}, {'tokens': jnp.asarray(tokens_BT)}).logits
+  want = jax.jit(model.apply)({'params': params}, {'tokens': jnp.asarray(tokens_BT)}).logits
   got, cache = _decoded(model, params, tokens_BT, np.array([8, 5, 1]), 8)
   np.testing.assert_allclose(got, want, atol=ATOL)
   assert cache[1].mixer.k.shape[2:] == (1, 14) and cache[1].mixer.v.size == 0  # a latent and one rotated key
@@ -127,7 +125,7 @@ def test_packed_documents_meet_their_own_latents_alone(model_of, params_of):
   rows = [(tokens, np.repeat([1, 2], [6, 4]), count(6, 4)), (tokens, np.repeat([1, 0], [6, 4]), count(6, 4)),
           (np.roll(tokens, 4), np.repeat([1, 0], [4, 6]), count(4, 6))]
   batch = {k: jnp.asarray(np.stack(v)) for k, v in zip(('tokens', 'segment_ids', 'positions'), zip(*rows))}
-  both, first, second = _jit(model.apply)({'params': params}, batch).logits
+  both, first, second = jax.jit(model.apply)({'params': params}, batch).logits
   np.testing.assert_allclose(both[:6], first[:6], atol=ATOL)
   np.testing.assert_allclose(both[6:], second[:4], atol=ATOL)
 
@@ -161,7 +159,7 @@ def test_blocks_with_a_sink_equal_dense_in_values_and_gradients(sink):
 
   def run(kernel):
     loss = lambda q, k, v, s: (kernel(q, k, v, visibility, scale=0.4, sink_N=s, block=4) * mix).sum()
-    return _jit(jax.value_and_grad(loss, (0, 1, 2, 3)))(q, k, v, sink_N + sink)
+    return jax.jit(jax.value_and_grad(loss, (0, 1, 2, 3)))(q, k, v, sink_N + sink)
 
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=ATOL), run(blockwise), run(dense))
   gradient_N = run(dense)[1][3]
@@ -197,4 +195,4 @@ def test_attention_with_a_sink_equals_transformers(model_of):
   rotary = tuple(torch.tensor(np.array(t)) for t in rope_tables(jnp.arange(9)[None], model.config.positions.rope, 8))
   with torch.no_grad():
     want = module(torch.tensor(x_BTD), rotary, _causal(torch, 9))[0]
-  np.testing.assert_allclose(_jit(run)(params, x_BTD), want, atol=ATOL)
+  np.testing.assert_allclose(jax.jit(run)(params, x_BTD), want, atol=ATOL)

@@ -1,6 +1,5 @@
 """The whole model against a NumPy reference in float64, and the laws: causality, packing, stacking, dropout, remat."""
 import dataclasses
-import functools
 import math
 
 import jax
@@ -25,7 +24,6 @@ ATOL = 1e-5
 
 
 # These tests compile much and run little; without LLVM's optimizations they take half as long.
-_jit = functools.partial(jax.jit, compiler_options={'xla_backend_optimization_level': 0})
 
 
 def _attention(**changes):
@@ -133,7 +131,7 @@ def test_logits_equal_a_numpy_reference_in_float64(family, model_of, params_of):
   model = model_of(**FAMILIES[family])
   params = params_of(model)
   tokens_BT = np.random.default_rng(0).integers(0, 29, (2, 9))
-  logits_BTV = _jit(model.apply)({'params': params}, {'tokens': jnp.asarray(tokens_BT)}).logits
+  logits_BTV = jax.jit(model.apply)({'params': params}, {'tokens': jnp.asarray(tokens_BT)}).logits
   assert logits_BTV.shape == (2, 9, 32) and logits_BTV.dtype == jnp.float32
   np.testing.assert_allclose(logits_BTV, _reference(model.config, params, tokens_BT), atol=ATOL)
 
@@ -158,7 +156,7 @@ def _influence(model, params, batch):
     hidden = model.apply({'params': params | {'embed': {'embedding': embedding}}}, batch, with_logits=False).hidden
     return hidden[0, t] @ mix_D
 
-  gradient = _jit(jax.grad(at))
+  gradient = jax.jit(jax.grad(at))
   table = [np.abs(gradient(params['embed']['embedding'], t)).max(-1)[np.asarray(batch['tokens'][0])] for t in range(T)]
   return np.stack(table)
 
@@ -205,7 +203,7 @@ def test_packed_documents_have_the_logits_of_each_alone(kind, kernel, model_of, 
   a, b = (0, long), (long, long + short)
   stacked = [np.stack(x) for x in zip(row(a, b), row(b, a), row(a), row(b))]
   batch = dict(zip(('tokens', 'segment_ids', 'positions'), map(jnp.asarray, stacked)))
-  both, swapped, first, second = np.asarray(_jit(model.apply)({'params': params}, batch).logits)
+  both, swapped, first, second = np.asarray(jax.jit(model.apply)({'params': params}, batch).logits)
   for logits, at_a, at_b in ((both, 0, long), (swapped, short, 0)):
     np.testing.assert_allclose(logits[at_a:at_a + long], first[:long], atol=ATOL)
     np.testing.assert_allclose(logits[at_b:at_b + short], second[:short], atol=ATOL)
@@ -220,8 +218,8 @@ def test_scanned_layers_equal_unrolled_ones(model_of, params_of):
   params = params_of(model)
   unrolled, layers = _unrolled(model, params)
   batch = {'tokens': jax.random.randint(jax.random.key(0), (2, 8), 0, 29)}
-  want = _jit(unrolled.apply)({'params': layers}, batch).logits
-  np.testing.assert_allclose(_jit(model.apply)({'params': params}, batch).logits, want, atol=ATOL)
+  want = jax.jit(unrolled.apply)({'params': layers}, batch).logits
+  np.testing.assert_allclose(jax.jit(model.apply)({'params': params}, batch).logits, want, atol=ATOL)
 
 
 def test_restack_undoes_unstack(model_of, params_of):
@@ -263,7 +261,7 @@ def test_an_examples_dropout_does_not_depend_on_the_batch_around_it(model_of, pa
   tokens_BT = jax.random.randint(jax.random.key(0), (4, 8), 0, 29)
   ids_B = jnp.array([7, 3, 100, 12])
   rng = jax.random.key(5)
-  run = _jit(lambda tokens, ids, rng: model.apply(
+  run = jax.jit(lambda tokens, ids, rng: model.apply(
       {'params': params}, {'tokens': tokens, 'example_ids': ids}, rng=rng, with_logits=False).hidden)
   whole = run(tokens_BT, ids_B, rng)
   turned = jnp.array([2, 0, 3, 1])
@@ -304,7 +302,7 @@ def test_remat_changes_no_gradient(remat, kernel, model_of, params_of):
   plain = model_of(attention=_attention(kernel=kernel))
   params = params_of(plain)
   kept = model_of(remat=remat, remat_names=transformer_module.REMAT_NAMES, attention=_attention(kernel=kernel))
-  for a, b in zip(*(jax.tree.leaves(_jit(_gradient(m))(params, batch)) for m in (kept, plain))):
+  for a, b in zip(*(jax.tree.leaves(jax.jit(_gradient(m))(params, batch)) for m in (kept, plain))):
     # Fusions may differ between a forward and a recomputed one; measured 0.
     np.testing.assert_allclose(a, b, atol=2e-6 * float(jnp.abs(b).max() + 1))
 
