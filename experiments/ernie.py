@@ -22,7 +22,7 @@ def get_config(arg=None):
   config.update(seq_len=512, batch_size=256, steps=1_000_000)
   config.objective.name = 'next_sentence'
   config.objective.next_sentence.update(whole_words=True, max_ngram=3)
-  config.data.update(source='jsonl', tokenizer='wordpiece', vocab_size=ernie.VOCAB_SIZES[arg.size.split('-')[0]],
+  config.data.update(source='jsonl', tokenizer='wordpiece', vocab_size=ernie.VOCAB_SIZES[arg.size],
                      packing='padded')
   config.optim.update(lr=1e-4, schedule='linear', final_fraction=0.0, warmup_steps=10_000, weight_decay=0.01,
                       decay_rules=(('.*(bias|scale)', 0.0), ('.*', 1.0)))

@@ -26,7 +26,7 @@ def get_config(arg=None):
   steps = lambda tokens: round(tokens / (batch_size * 2048))
   config.update(seq_len=2048, batch_size=batch_size, steps=steps(tokens))
   config.objective.name = 'causal'
-  config.data.update(source='jsonl', tokenizer='bpe', vocab_size=falcon.VOCAB_SIZES.get(arg.size, 65_024))
+  config.data.update(source='jsonl', tokenizer='bpe', vocab_size=falcon.VOCAB_SIZES[arg.size])
   config.loss.z_loss = 0.0 if arg.size == 'rw-1b' else 1e-4
   config.optim.update(lr=lr, warmup_steps=steps(500e6 if arg.size == 'rw-1b' else 4e9), weight_decay=0.1, clip_norm=1.0)
   config.precision.compute = 'bfloat16'

@@ -23,7 +23,7 @@ def get_config(arg=None):
   batch_size, steps = (1538, 150_000) if arg.size == '20b' else (1024, 143_000)
   config.update(seq_len=2048, batch_size=batch_size, steps=steps)
   config.objective.name = 'causal'
-  config.data.update(source='jsonl', tokenizer='bpe', vocab_size=gpt_neox.VOCAB_SIZES.get(arg.size, 50304),
+  config.data.update(source='jsonl', tokenizer='bpe', vocab_size=gpt_neox.VOCAB_SIZES[arg.size],
                      mask_documents=False)
   config.optim.update(lr=LR[arg.size], warmup_steps=steps // 100, weight_decay=0.01, clip_norm=1.0)
   config.optim.adamw.update(b1=0.9, b2=0.95, eps=1e-8)

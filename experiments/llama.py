@@ -22,7 +22,7 @@ def get_config(arg=None):
   seq_len, tokens, warmup_steps = (4096, 2e12, 2_000) if generation == '2' else (8192, 15e12, 8_000)
   config.update(seq_len=seq_len, batch_size=4_194_304 // seq_len, steps=round(tokens / 4_194_304))
   config.objective.name = 'causal'
-  config.data.update(source='jsonl', tokenizer='bpe', vocab_size=llama.VOCAB_SIZES[generation])
+  config.data.update(source='jsonl', tokenizer='bpe', vocab_size=llama.VOCAB_SIZES[arg.size])
   config.optim.update(lr=1.5e-4 if parameters == '70b' else 3e-4, warmup_steps=warmup_steps, weight_decay=0.1,
                       clip_norm=1.0)
   config.optim.adamw.update(b1=0.9, b2=0.95, eps=1e-5 if generation == '2' else 1e-8)

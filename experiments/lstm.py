@@ -35,7 +35,7 @@ def get_config(arg=None):
     epochs, flat, dropout, clip = TRAINING[shape]
     config.update(batch_size=20, steps=round(epochs * WORDS / (20 * 256)))
     config.model.dropout = dropout
-    config.data.update(tokenizer='bpe', vocab_size=lstm.VOCAB_SIZES[shape])
+    config.data.update(tokenizer='bpe', vocab_size=lstm.VOCAB_SIZES[arg.size])
     config.optim.update(name='sgd', lr=float(COLUMNS), schedule='wsd', decay_fraction=1 - flat / epochs,
                         clip_norm=clip / COLUMNS)
     config.optim.sgd.momentum = 0.0

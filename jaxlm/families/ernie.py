@@ -3,8 +3,6 @@ from typing import Any, Mapping
 
 from jaxlm.families import bert, keys
 
-VOCAB_SIZES = {'1.0': 18_000, '2.0': 30_522, '3.0': 40_000}  # of each version's tokenizer; 2.0 is English
-
 # What all sizes of a version share.
 BASE = bert.BASE | dict(family='ernie')
 BASES = {
@@ -24,6 +22,8 @@ SIZES = {
     '3.0-base': bert.shape(768, 12, 12, max_length=2048, base=BASES['3.0']),
     '3.0-xbase': bert.shape(1024, 20, 16, max_length=2048, base=BASES['3.0']),
 }
+# Of each version's tokenizer; 2.0 is English.
+VOCAB_SIZES = {size: {'1.0': 18_000, '2.0': 30_522, '3.0': 40_000}[size.partition('-')[0]] for size in SIZES}
 
 # ---- Hugging Face ------------------------------------------------------------------------------------------------
 

@@ -9,7 +9,8 @@ from jaxlm.families import keys
 from jaxlm.families.gpt_neox import BODY, LABELS, SEQUENCE, SPAN, TOKEN
 from jaxlm.types import JaxlmError
 
-VOCAB_SIZES = {'rw-1b': 50_304}  # rows of the published tables; other sizes have 65,024
+# Rows of the published tables.
+VOCAB_SIZES = {'rw-1b': 50_304, '7b': 65_024, '11b': 65_024, '40b': 65_024, '180b': 65_024}
 
 # What all sizes share.
 BASE = dict(

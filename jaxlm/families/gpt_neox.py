@@ -4,7 +4,9 @@ from typing import Any, Mapping
 
 from jaxlm.families import keys
 
-VOCAB_SIZES = {'20b': 50432, '6.9b': 50432, '12b': 50688}  # rows of the published tables; other sizes have 50304
+# Rows of the published tables.
+VOCAB_SIZES = {'70m': 50_304, '160m': 50_304, '410m': 50_304, '1b': 50_304, '1.4b': 50_304, '2.8b': 50_304,
+               '6.9b': 50_432, '12b': 50_688, '20b': 50_432}
 
 # What all sizes share.
 BASE = dict(

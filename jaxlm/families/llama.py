@@ -5,8 +5,6 @@ from typing import Any, Mapping
 from jaxlm.families import keys
 from jaxlm.types import JaxlmError
 
-VOCAB_SIZES = {'2': 32_000, '3': 128_256, '3.1': 128_256}  # of each generation's tokenizer
-
 # What all sizes share.
 BASE = dict(
     family='llama', tie_embeddings=False, embedding_scale=1.0, logit_softcap=0.0,
@@ -43,6 +41,7 @@ SIZES = {
     '3.1-8b': _shape('3.1', 4096, 32, 32, 8, 14_336),
     '3.1-70b': _shape('3.1', 8192, 80, 64, 8, 28_672),
 }
+VOCAB_SIZES = {size: 32_000 if size.startswith('2-') else 128_256 for size in SIZES}  # of each generation's tokenizer
 
 # ---- Hugging Face ------------------------------------------------------------------------------------------------
 

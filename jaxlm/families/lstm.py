@@ -13,8 +13,6 @@ BASE = dict(
     residual=dict(in_norm=False, out_norm=False, post_norm=False, alpha=0.0, parallel=False, final_norm=False),
     positions=dict(kind='none'))
 
-VOCAB_SIZES = {'medium': 10_000, 'large': 10_000, '4096': 256}
-
 
 def _shape(mixer: str, width: int, num_layers: int, uniform: float) -> dict:
   """Weights begin between -uniform and uniform there, and with the same variance here."""
@@ -30,4 +28,5 @@ SIZES = {
     'gru-medium': _shape('gru', 650, 2, 0.05),
     'mlstm-4096': _shape('mlstm', 4096, 1, 0.04),
 }
+VOCAB_SIZES = {size: 256 if size == 'mlstm-4096' else 10_000 for size in SIZES}  # bytes, or words
 CELLS = ('rnn', 'gru', 'lstm', 'mlstm')

@@ -1,16 +1,12 @@
-"""ALBERT computes what transformers' does, in every class; its sizes are those published."""
+"""ALBERT computes what transformers' does, in every class."""
 import pytest
 
-import counting
 import parity
-from jaxlm.families import albert
 
 transformers = pytest.importorskip('transformers')
 
 TINY = dict(vocab_size=97, embedding_size=24, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
             intermediate_size=40, max_position_embeddings=40)
-# Of the paper's table 1. Its 235M for xxlarge are 223M in the published weights.
-PUBLISHED = {'base': 12e6, 'large': 18e6, 'xlarge': 60e6, 'xxlarge': 223e6}
 
 
 def tiny(name, **config):
@@ -29,8 +25,3 @@ def test_an_untied_output_layer_is_theirs(tmp_path):
                                   'ForQuestionAnswering'])
 def test_every_class_is_theirs(tmp_path, name):
   parity.check(tmp_path, tiny(name), packed=False)
-
-
-@pytest.mark.parametrize('size', albert.SIZES)
-def test_sizes_have_the_published_number_of_parameters(size):
-  assert abs(counting.parameters(albert.SIZES[size], albert.VOCAB_SIZE) / PUBLISHED[size] - 1) < 0.025

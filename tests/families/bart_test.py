@@ -1,31 +1,16 @@
-"""BART and the 2017 Transformer (Marian) beside `transformers`, and their published sizes."""
-import math
+"""BART and the 2017 Transformer (Marian) beside `transformers`."""
 
 import numpy as np
 import pytest
 
 import jaxlm
-from jaxlm import hf, transfer
+from jaxlm import hf
 from jaxlm.families import bart, transformer2017
-from jaxlm.models.config import freeze
 from jaxlm.types import JaxlmError
 from tests.families.parity import check, randomised
 
 torch = pytest.importorskip('torch')
 transformers = pytest.importorskip('transformers')
-
-PUBLISHED = {
-    bart: {'base': 139_420_416, 'large': 406_291_456},  # counted in the weights
-    # As printed; from the sizes beside it, 65M has 41,000 pieces where big has the 37,000 of the text.
-    transformer2017: {'base': 65e6, 'big': 213e6},
-}
-
-
-@pytest.mark.parametrize('family, size', [(family, size) for family, sizes in PUBLISHED.items() for size in sizes])
-def test_sizes_have_the_published_number_of_parameters(family, size):
-  model = freeze(hf.whole_model(family.SIZES[size]), vocab_size=family.VOCAB_SIZE, visibility='causal')
-  count = sum(math.prod(shape) for shape in transfer.param_shapes(model).values())
-  assert abs(count / PUBLISHED[family][size] - 1) < (0.03 if (family, size) == (transformer2017, 'base') else 0.01)
 
 
 def config(kind, **given):

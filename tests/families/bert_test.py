@@ -1,11 +1,10 @@
-"""BERT computes what transformers' does, in every class; its sizes are those published."""
+"""BERT computes what transformers' does, in every class."""
 import re
 
 import numpy as np
 import pytest
 import tokenizers
 
-import counting
 import jaxlm
 import parity
 from jaxlm import hf
@@ -18,9 +17,6 @@ import safetensors.numpy  # noqa: E402
 TINY = dict(vocab_size=97, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=40,
             max_position_embeddings=40, type_vocab_size=3)
 # As trained, with both heads: Turc et al. 2019, table 2; base and large as counted in the published weights, where
-# the paper says 110M and 340M.
-PUBLISHED = {'tiny': 4.4e6, 'mini': 11.3e6, 'small': 29.1e6, 'medium': 41.7e6, 'base': 110_106_428,
-             'large': 336_226_108}
 
 
 def tiny(name, **config):
@@ -40,14 +36,6 @@ def test_an_untied_output_layer_is_theirs(tmp_path):
 def test_every_class_is_theirs(tmp_path, name):
   labels = dict(num_labels=3) if name in ('ForSequenceClassification', 'ForTokenClassification') else {}
   parity.check(tmp_path, tiny(name, **labels), packed=False)
-
-
-@pytest.mark.parametrize('size', bert.SIZES)
-def test_sizes_have_the_published_number_of_parameters(size):
-  count = counting.parameters(bert.SIZES[size], bert.VOCAB_SIZE)
-  assert abs(count / PUBLISHED[size] - 1) < 0.01
-  if size in ('base', 'large'):
-    assert count == PUBLISHED[size]
 
 
 def test_a_tokenizer_that_pads_puts_no_padding_around_texts(tmp_path):

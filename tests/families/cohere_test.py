@@ -1,16 +1,9 @@
-"""Command R computes what `transformers` computes, and has its published sizes."""
-import math
+"""Command R computes what `transformers` computes."""
 
 import parity
 import pytest
 import transformers
 
-from jaxlm import hf, transfer
-from jaxlm.families import cohere
-from jaxlm.models.config import freeze
-
-PUBLISHED = {'aya-23-8b': 8_028_033_024, 'command-r': 34_980_831_232,  # counted in the published weights
-             'command-r-plus': 103_810_674_688}
 
 
 def tiny(**changes):
@@ -28,9 +21,3 @@ def test_cohere_agrees_with_its_reference(tmp_path, changes):
 
 def test_a_cohere_body_agrees_with_its_reference(tmp_path):
   parity.check(tmp_path, transformers.CohereModel(tiny()), packed=False)
-
-
-@pytest.mark.parametrize('size', cohere.SIZES)
-def test_cohere_sizes_have_the_published_number_of_parameters(size):
-  model = freeze(hf.whole_model(cohere.SIZES[size]), vocab_size=cohere.VOCAB_SIZE, visibility='causal')
-  assert abs(sum(map(math.prod, transfer.param_shapes(model).values())) / PUBLISHED[size] - 1) < 0.01

@@ -1,10 +1,9 @@
-"""ELECTRA, discriminator and generator, computes what transformers' does; its sizes are those published."""
+"""ELECTRA, discriminator and generator, computes what transformers' does."""
 import flax.linen as nn
 import jax
 import numpy as np
 import pytest
 
-import counting
 import parity
 from jaxlm import config as base
 from jaxlm import hf, sharding
@@ -17,7 +16,6 @@ import torch  # noqa: E402
 
 TINY = dict(vocab_size=97, embedding_size=24, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
             intermediate_size=40, max_position_embeddings=40)
-PUBLISHED = {'small': 14e6, 'base': 110e6, 'large': 335e6}  # discriminators: the paper's tables 1, 2 and 6
 
 
 def tiny(name, **config):
@@ -45,12 +43,6 @@ def test_a_generator_with_an_untied_output_layer_is_theirs(tmp_path):
                                   'ForQuestionAnswering'])
 def test_every_class_is_theirs(tmp_path, name):
   parity.check(tmp_path, tiny(name), packed=False)
-
-
-@pytest.mark.parametrize('size', electra.SIZES)
-def test_sizes_have_the_published_number_of_parameters(size):
-  count = counting.parameters(electra.SIZES[size], electra.VOCAB_SIZE)
-  assert abs(count / PUBLISHED[size] - 1) < (0.04 if size == 'small' else 0.01)  # 13.6M are called 14M
 
 
 def test_a_model_that_trains_both_is_written_as_two_folders(tmp_path):

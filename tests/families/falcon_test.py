@@ -1,17 +1,12 @@
-"""Falcon computes what `transformers` computes, and has its published sizes."""
-import math
+"""Falcon computes what `transformers` computes."""
 
 import parity
 import pytest
 import transformers
 
-from jaxlm import hf, transfer
 from jaxlm.families import falcon
-from jaxlm.models.config import freeze
 from jaxlm.types import JaxlmError
 
-PUBLISHED = {  # counted in the published weights; 11.1B and 180B are printed
-    'rw-1b': 1_311_625_216, '7b': 6_921_720_704, '11b': 11.1e9, '40b': 41_303_293_952, '180b': 180e9}
 
 BLOCKS = {
     'of the 7b': dict(),
@@ -45,10 +40,3 @@ def test_falcon_heads_agree_with_their_reference(tmp_path, head):
 def test_blocks_that_cannot_be_are_refused(given):
   with pytest.raises(JaxlmError, match='new_decoder_architecture'):
     falcon.from_hf(given)
-
-
-@pytest.mark.parametrize('size', falcon.SIZES)
-def test_falcon_sizes_have_the_published_number_of_parameters(size):
-  model = freeze(hf.whole_model(falcon.SIZES[size]), vocab_size=falcon.VOCAB_SIZES.get(size, 65_024),
-                 visibility='causal')
-  assert abs(sum(map(math.prod, transfer.param_shapes(model).values())) / PUBLISHED[size] - 1) < 0.01

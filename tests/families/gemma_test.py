@@ -1,7 +1,6 @@
 """Gemma, Gemma 2 and Gemma 3's text models compute what transformers' do."""
 import pytest
 
-import counting
 import parity
 from jaxlm.families import gemma, gemma2, gemma3
 from jaxlm.types import JaxlmError
@@ -11,13 +10,6 @@ transformers = pytest.importorskip('transformers')
 TINY = dict(vocab_size=97, hidden_size=32, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4,
             num_key_value_heads=2, head_dim=10, max_position_embeddings=64, pad_token_id=0)
 # Gemma 3's three largest: embeddings and the rest as the report's table 1 prints them; the others counted in the
-# weights.
-PUBLISHED = {
-    gemma: {'2b': 2_506_172_416, '7b': 8_537_680_896},
-    gemma2: {'2b': 2_614_341_888, '9b': 9_241_705_984, '27b': 27_227_128_320},
-    gemma3: {'270m': 268_098_176, '1b': 999_885_952, '4b': 675e6 + 3_209e6, '12b': 1_012e6 + 10_759e6,
-             '27b': 1_416e6 + 25_600e6},
-}
 
 
 def tiny(name, **config):
@@ -87,11 +79,3 @@ def test_older_files_mean_the_same():
                            sliding_attention=dict(rope_theta=1e4, rope_type='default')))
   assert gemma3.from_hf(old) == gemma3.from_hf(new)
   assert gemma3.from_hf(old)['attention']['windows'] == gemma3.SIZES['4b']['attention']['windows']
-
-
-@pytest.mark.parametrize('family, size', [(family, size) for family in PUBLISHED for size in family.SIZES],
-                         ids=lambda x: x if isinstance(x, str) else x.MODEL_TYPE)
-def test_sizes_have_the_published_number_of_parameters(family, size):
-  found = counting.parameters(family.SIZES[size], family.VOCAB_SIZE)
-  # 1%: what the report prints rounds, and counts rows of the embedding that no weights have.
-  assert abs(found / PUBLISHED[family][size] - 1) < (0.01 if isinstance(PUBLISHED[family][size], float) else 1e-9)

@@ -1,13 +1,10 @@
-"""GPT-1 computes what `transformers` computes, and has its published size."""
-import math
+"""GPT-1 computes what `transformers` computes."""
 
 import parity
 import pytest
 import transformers
 
-from jaxlm import hf, transfer
 from jaxlm.families import gpt1
-from jaxlm.models.config import freeze
 from jaxlm.types import JaxlmError
 
 
@@ -30,9 +27,3 @@ def test_activations_are_named_as_gpt1_names_them():
   assert gpt1.from_hf(dict(afn='gelu'))['mlp']['activation'] == 'gelu_tanh'
   with pytest.raises(JaxlmError, match='afn'):
     gpt1.from_hf(dict(afn='gelu_new'))
-
-
-def test_gpt1_has_the_published_number_of_parameters():
-  model = freeze(hf.whole_model(gpt1.SIZES['117m']), vocab_size=gpt1.VOCAB_SIZE, visibility='causal')
-  count = sum(map(math.prod, transfer.param_shapes(model).values()))
-  assert abs(count / 116_534_784 - 1) < 0.01  # counted in the published weights

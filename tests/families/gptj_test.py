@@ -1,13 +1,10 @@
-"""GPT-J computes what `transformers` computes, and has its published size."""
-import math
+"""GPT-J computes what `transformers` computes."""
 
 import parity
 import pytest
 import transformers
 
-from jaxlm import hf, transfer
-from jaxlm.families import gptj, keys
-from jaxlm.models.config import freeze
+from jaxlm.families import keys
 from jaxlm.types import JaxlmError
 
 
@@ -32,9 +29,3 @@ def test_any_even_part_of_a_head_rotates():
   for odd in (3, 50):
     with pytest.raises(JaxlmError, match='rotary_dim'):
       keys.rotated('rotary_dim', odd, 16)
-
-
-def test_gptj_has_the_published_number_of_parameters():
-  model = freeze(hf.whole_model(gptj.SIZES['6b']), vocab_size=gptj.VOCAB_SIZE, visibility='causal')
-  count = sum(map(math.prod, transfer.param_shapes(model).values()))
-  assert abs(count / 6_053_381_344 - 1) < 0.01  # the model card

@@ -1,7 +1,6 @@
-"""ModernBERT computes what transformers' does, windows, bases and all; its sizes are those published."""
+"""ModernBERT computes what transformers' does, windows, bases and all."""
 import pytest
 
-import counting
 import parity
 from jaxlm.families import modernbert
 from jaxlm.types import JaxlmError
@@ -13,7 +12,6 @@ TINY = dict(vocab_size=97, hidden_size=32, num_hidden_layers=4, num_attention_he
             max_position_embeddings=64, local_attention=6, pad_token_id=0, bos_token_id=1, eos_token_id=2,
             cls_token_id=1, sep_token_id=2)
 BIASED = dict(norm_bias=True, attention_bias=True, mlp_bias=True, classifier_bias=True, decoder_bias=False)
-PUBLISHED = {'base': 149e6, 'large': 395e6}  # arXiv:2412.13663, table 4
 
 
 def tiny(name, **config):
@@ -47,8 +45,3 @@ def test_old_and_new_folders_say_the_same():
 def test_heads_that_are_not_computed_are_refused(key, value, told):
   with pytest.raises(JaxlmError, match=told):
     modernbert.from_hf({key: value})
-
-
-@pytest.mark.parametrize('size', modernbert.SIZES)
-def test_sizes_have_the_published_number_of_parameters(size):
-  assert abs(counting.parameters(modernbert.SIZES[size], modernbert.VOCAB_SIZE) / PUBLISHED[size] - 1) < 0.01

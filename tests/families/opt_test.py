@@ -1,18 +1,11 @@
-"""OPT computes what `transformers` computes, and has its published sizes."""
-import math
+"""OPT computes what `transformers` computes."""
 
 import parity
 import pytest
 import transformers
 
-from jaxlm import hf, transfer
 from jaxlm.families import opt
-from jaxlm.models.config import freeze
 from jaxlm.types import JaxlmError
-
-PUBLISHED = {  # counted in the published weights; 66B and 175B as the paper prints them
-    '125m': 125_239_296, '350m': 331_196_416, '1.3b': 1_315_758_080, '2.7b': 2_651_596_800, '6.7b': 6_658_473_984,
-    '13b': 12_853_473_280, '30b': 29_974_540_288, '66b': 66e9, '175b': 175e9}
 
 
 def tiny(**changes):
@@ -36,9 +29,3 @@ def test_opt_heads_agree_with_their_reference(tmp_path, head):
 def test_projected_hidden_states_are_refused_but_under_an_output_layer():
   with pytest.raises(JaxlmError, match='word_embed_proj_dim'):
     opt.from_hf(dict(word_embed_proj_dim=512, architectures=['OPTModel']))
-
-
-@pytest.mark.parametrize('size', opt.SIZES)
-def test_opt_sizes_have_the_published_number_of_parameters(size):
-  model = freeze(hf.whole_model(opt.SIZES[size]), vocab_size=opt.VOCAB_SIZE, visibility='causal')
-  assert abs(sum(map(math.prod, transfer.param_shapes(model).values())) / PUBLISHED[size] - 1) < 0.01

@@ -1,16 +1,11 @@
-"""Phi-3 computes what `transformers` computes, and has its published sizes."""
-import math
+"""Phi-3 computes what `transformers` computes."""
 
 import parity
 import pytest
 import transformers
 
-from jaxlm import hf, transfer
 from jaxlm.families import phi3
-from jaxlm.models.config import freeze
 from jaxlm.types import JaxlmError
-
-PUBLISHED = {'mini-4k': 3_821_079_552, 'medium-4k': 13_960_238_080}  # the model cards
 
 
 def tiny(**changes):
@@ -36,9 +31,3 @@ def test_phi3_heads_agree_with_their_reference(tmp_path, head):
 def test_rotations_that_change_with_the_length_are_refused(kind):
   with pytest.raises(JaxlmError, match='rope_type'):
     phi3.from_hf(dict(rope_scaling=dict(type=kind, short_factor=[1.0] * 48, long_factor=[2.0] * 48, factor=2.0)))
-
-
-@pytest.mark.parametrize('size', phi3.SIZES)
-def test_phi3_sizes_have_the_published_number_of_parameters(size):
-  model = freeze(hf.whole_model(phi3.SIZES[size]), vocab_size=phi3.VOCAB_SIZE, visibility='causal')
-  assert abs(sum(map(math.prod, transfer.param_shapes(model).values())) / PUBLISHED[size] - 1) < 0.01

@@ -1,9 +1,8 @@
 """Qwen2 and its mixtures compute what transformers' do."""
 import pytest
 
-import counting
 import parity
-from jaxlm.families import qwen2, qwen2_moe
+from jaxlm.families import qwen2_moe
 from jaxlm.types import JaxlmError
 
 transformers = pytest.importorskip('transformers')
@@ -11,10 +10,6 @@ transformers = pytest.importorskip('transformers')
 TINY = dict(vocab_size=97, hidden_size=32, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4,
             num_key_value_heads=2, max_position_embeddings=64, pad_token_id=0)
 MIXED = TINY | dict(num_experts=5, num_experts_per_tok=2, moe_intermediate_size=24, shared_expert_intermediate_size=20)
-# Counted in the weights.
-PUBLISHED = {'0.5b': 494_032_768, '1.5b': 1_543_714_304, '7b': 7_615_616_512, '72b': 72_706_203_648,
-             '2.5-3b': 3_085_938_688, '2.5-14b': 14_770_033_664, '2.5-32b': 32_763_876_352}
-PUBLISHED_MIXED = {'1.5-a2.7b': 14_315_784_192, '57b-a14b': 57_409_011_200}
 
 
 def tiny(name, **config):
@@ -68,14 +63,3 @@ def test_layers_with_experts_are_every_nth(dense, step, first_and_every):
 def test_layers_with_experts_that_are_not_every_nth_are_refused(dense, step):
   with pytest.raises(JaxlmError, match='mlp_only_layers='):
     qwen2_moe.from_hf(dict(num_hidden_layers=8, mlp_only_layers=dense, decoder_sparse_step=step))
-
-
-@pytest.mark.parametrize('size', qwen2.SIZES)
-def test_sizes_have_the_published_number_of_parameters(size):
-  assert counting.parameters(qwen2.SIZES[size], qwen2.VOCAB_SIZES[size]) == PUBLISHED[size]
-
-
-@pytest.mark.parametrize('size', qwen2_moe.SIZES)
-def test_mixtures_have_the_published_number_of_parameters(size):
-  found = counting.parameters(qwen2_moe.SIZES[size], qwen2_moe.VOCAB_SIZE)
-  assert abs(found / PUBLISHED_MIXED[size] - 1) < 1e-3, found

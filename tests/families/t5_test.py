@@ -1,4 +1,4 @@
-"""T5, mT5 and UL2 beside `transformers`, and their published sizes."""
+"""T5, mT5 and UL2 beside `transformers`."""
 import json
 import math
 
@@ -7,35 +7,17 @@ import pytest
 
 import jaxlm
 from jaxlm import hf, transfer
-from jaxlm.families import mt5, t5, ul2
+from jaxlm.families import ul2
 from jaxlm.models.config import freeze
 from tests.families.parity import check, randomised
 
 torch = pytest.importorskip('torch')
 transformers = pytest.importorskip('transformers')
 
-# Counted in the published weights. The paper's 770M for large has the embedding twice.
-PUBLISHED = {
-    t5: {'t5-small': 60_506_624, 't5-base': 222_903_552, 't5-large': 737_668_096, 't5-3b': 2_851_598_336,
-         't5-11b': 11_307_321_344, 'v1_1-small': 76_961_152, 'v1_1-base': 247_577_856, 'v1_1-large': 783_150_080,
-         'v1_1-xl': 2_849_757_184, 'v1_1-xxl': 11_135_332_352},
-    mt5: {'small': 300_176_768, 'base': 582_401_280, 'large': 1_229_581_312, 'xl': 3_742_619_648,
-          'xxl': 12_921_057_280},
-}
-
 
 def count(family, size):
   model = freeze(hf.whole_model(family.SIZES[size]), vocab_size=family.VOCAB_SIZE, visibility='causal')
   return sum(math.prod(shape) for shape in transfer.param_shapes(model).values())
-
-
-@pytest.mark.parametrize('family, size', [(family, size) for family, sizes in PUBLISHED.items() for size in sizes])
-def test_sizes_have_the_parameters_of_the_published_weights(family, size):
-  assert count(family, size) == PUBLISHED[family][size]
-
-
-def test_ul2_has_20_billion_parameters():
-  assert abs(count(ul2, '20b') / 20e9 - 1) < 0.03  # 19.6B, which the paper rounds
 
 
 def config(kind=None, **given):

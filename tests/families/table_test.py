@@ -1,42 +1,21 @@
-"""Sizes have the published numbers of parameters; every experiment is valid at every size."""
+"""Every experiment is valid at every size, and has a form for a smoke test."""
 import importlib.util
 from pathlib import Path
 
 import pytest
 
 from jaxlm import config as base
-from jaxlm import hf, transfer
-from jaxlm.families import gpt2, gpt3, llama, table
+from jaxlm import hf
+from jaxlm.families import gpt3, table
 from jaxlm.models.config import freeze
 
 EXPERIMENTS = Path(__file__).parents[2] / 'experiments'
 
-# Parameters: counted in the published weights, or as the paper prints them.
-PUBLISHED = {
-    'gpt2': {'124m': 124_439_808, '355m': 354_823_168, '774m': 774_030_080, '1.5b': 1_557_611_200},
-    'gpt3': {'125m': 125e6, '350m': 350e6, '760m': 760e6, '1.3b': 1.3e9, '2.7b': 2.7e9, '6.7b': 6.7e9, '13b': 13e9,
-             '175b': 175e9},
-    'llama': {'2-7b': 6_738_415_616, '2-13b': 13_015_864_320, '2-70b': 68_976_648_192, '3-8b': 8_030_261_248,
-              '3-70b': 70_553_706_496, '3.1-8b': 8_030_261_248, '3.1-70b': 70_553_706_496},
-}
 SIZES = [(name, size) for name, family in table.FAMILIES.items() for size in family.SIZES]
 
 
 def frozen(overrides, vocab_size):
   return freeze(hf.whole_model(overrides), vocab_size=vocab_size, visibility='causal')
-
-
-@pytest.mark.parametrize('name, size', [(n, s) for n, sizes in PUBLISHED.items() for s in sizes])
-def test_sizes_have_the_published_number_of_parameters(name, size):
-  vocab = llama.VOCAB_SIZES[size.split('-')[0]] if name == 'llama' else gpt2.VOCAB_SIZE
-  count = 0
-  for shape in transfer.param_shapes(frozen(table.FAMILIES[name].SIZES[size], vocab)).values():
-    elements = 1
-    for n in shape:
-      elements *= n
-    count += elements
-  # 1%: the embedding is rounded up to 128 rows; 2%: two digits are printed (350M is 356M, 2.7B is 2.65B).
-  assert abs(count / PUBLISHED[name][size] - 1) < (0.02 if name == 'gpt3' and size != '175b' else 0.01)
 
 
 def test_gpt3_alternates_dense_and_banded_layers():

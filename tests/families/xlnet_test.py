@@ -1,5 +1,4 @@
-"""XLNet beside `transformers`: its two streams, memory, types, gradients, bodies; its published sizes."""
-import math
+"""XLNet beside `transformers`: its two streams, memory, types, gradients, bodies."""
 
 import jax
 import jax.numpy as jnp
@@ -7,24 +6,13 @@ import numpy as np
 import pytest
 
 import jaxlm
-from jaxlm import decode, hf, transfer, trees
+from jaxlm import decode, hf, trees
 from jaxlm.families import xlnet
-from jaxlm.models.config import freeze
 from jaxlm.types import JaxlmError, Prompt
 from tests.families.parity import check, randomised
 
 torch = pytest.importorskip('torch')
 transformers = pytest.importorskip('transformers')
-
-# Counted in the published weights; the 110M and 340M they go by are BERT's, which has no maps of distances.
-PUBLISHED = {'base': 116_718_336, 'large': 360_268_800}
-
-
-@pytest.mark.parametrize('size', PUBLISHED)
-def test_sizes_have_the_parameters_of_the_published_weights(size):
-  model = freeze(hf.whole_model(xlnet.SIZES[size]), vocab_size=xlnet.VOCAB_SIZE, visibility='order')
-  count = sum(math.prod(shape) for shape in transfer.param_shapes(model).values())
-  assert abs(count / PUBLISHED[size] - 1) < 0.01
 
 
 def config(**given):
