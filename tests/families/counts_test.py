@@ -140,7 +140,7 @@ if __name__ == '__main__':
     cells, reasons = [], []
     for size in family.SIZES:
       found, (counted, printed) = count(name, size), published(name, size)
-      marks = ['='] * (counted is not None) + [short(printed)] * (printed is not None)
+      marks = ['='] * (counted is not None) + ([short(printed)] if printed else [])
       cells.append(f'{size} {found:,}' + (f' ({", ".join(marks)})' if marks else ''))
       if (name, size) in REASONS:
         reasons.append(f'{size} {found / printed - 1:+.1%}: {REASONS[name, size]}')
