@@ -31,6 +31,6 @@ def get_config(arg=None):
     config = base.laptop(config) if arg.laptop else base.smoke(config)
     config.model.init.std = config.model.width ** -0.5
   if arg.laptop:  # post-norm bears no higher rate
-    config.update(steps=1_000)
-    config.optim.update(lr=1e-3, warmup_steps=100)
+    config.update(steps=400)
+    config.optim.update(lr=1e-3, warmup_steps=40)
   return config

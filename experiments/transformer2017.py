@@ -28,8 +28,8 @@ def get_config(arg=None):
     config = base.laptop(config) if arg.laptop else base.smoke(config)
     config.model.init.std = config.model.width ** -0.5
   if arg.laptop:  # what stands for a position is learned late, and post-norm bears no higher rate
-    config.update(steps=1_000)
-    config.optim.update(lr=1e-3, warmup_steps=100)
+    config.update(steps=400)
+    config.optim.update(lr=1e-3, warmup_steps=40)
   config.model.embedding_scale = config.model.width ** 0.5
   config.model.init.embedding_std = config.model.width ** -0.5
   return config
