@@ -32,7 +32,4 @@ def get_config(arg=None):
   config.optim.adamw.update(b1=0.9, b2=0.95, eps=1e-8)
   config.precision.compute = 'bfloat16'
   config.mesh.update(data=1, fsdp=-1)
-  config = base.laptop(config) if arg.laptop else base.smoke(config) if arg.smoke else config
-  if arg.laptop or arg.smoke:
-    config.model.init.update(std=(3 * config.model.width) ** -0.5, embedding_std=(3 * config.model.width) ** -0.5)
-  return config
+  return base.laptop(config) if arg.laptop else base.smoke(config) if arg.smoke else config

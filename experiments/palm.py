@@ -36,6 +36,5 @@ def get_config(arg=None):
   config = base.laptop(config) if arg.laptop else base.smoke(config) if arg.smoke else config
   width = config.model.width
   config.model.attention.num_kv_heads = 1
-  config.model.logit_scale = config.model.init.std = width ** -0.5
   config.optim.lr_rules = (('embed/embedding|.*/scale', width ** 0.5), ('.*', 1.0))
   return config

@@ -30,6 +30,4 @@ def get_config(arg=None):
   if arg.laptop:  # what stands for a position is learned late, and post-norm bears no higher rate
     config.update(steps=400)
     config.optim.update(lr=1e-3, warmup_steps=40)
-  config.model.embedding_scale = config.model.width ** 0.5
-  config.model.init.embedding_std = config.model.width ** -0.5
   return config

@@ -24,6 +24,4 @@ def get_config(arg=None):
                       clip_norm=0.0, lr_rules=(('embed/.*|.*/scale', 20.0), ('.*', 1.0)))
   config.precision.compute = 'bfloat16'
   config.mesh.update(data=1, fsdp=-1)
-  config = base.laptop(config) if arg.laptop else base.smoke(config) if arg.smoke else config
-  config.model.init.std = config.model.width ** -0.5 * config.model.attention.head_dim ** -0.25
-  return config
+  return base.laptop(config) if arg.laptop else base.smoke(config) if arg.smoke else config

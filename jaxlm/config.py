@@ -80,9 +80,14 @@ def _shrunk(config: ConfigDict, width: int, num_heads: int, num_layers: int) -> 
   config.update(batch_ramp=(), accumulation=1)
   model, head_dim = config.model, width // num_heads
   factorised = model.embedding.width != model.width
-  for key in ('std', 'embedding_std'):  # sums of fewer terms keep their variance, up to 1; embeddings of 1 stay
+  ratio = (model.width / width) ** 0.5  # sums of fewer terms keep their variance, up to 1; embeddings of variance 1 stay
+  for key in ('std', 'embedding_std'):
     if model.init[key] < 1:
-      model.init[key] = min(model.init[key] * (model.width / width) ** 0.5, width ** -0.5)
+      model.init[key] = min(model.init[key] * ratio, width ** -0.5)
+  if model.embedding_scale > 1:
+    model.embedding_scale /= ratio
+  if model.logit_scale < 1:
+    model.logit_scale = min(model.logit_scale * ratio, 1.0)
   model.update(width=width, num_layers=num_layers, vocab_size=0, dropout=0.0, remat='none')
   follow(config, 'model.encoder_layers', 'model.embedding.width')
   model.embedding.zeroed = -1
