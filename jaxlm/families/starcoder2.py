@@ -1,0 +1,81 @@
+"""StarCoder2 (Lozhkov et al. 2024, arXiv:2402.19173): Llama's block with biases, LayerNorms and no gate; a window."""
+from typing import Any, Mapping
+
+from jaxlm.families import keys, llama, llamas
+
+VOCAB_SIZE = 49_152
+
+# What all sizes share.
+BASE = llama.BASE | dict(
+    family='starcoder2', tie_embeddings=True,
+    attention=llama.BASE['attention'] | dict(bias=True, out_bias=True),
+    mlp=dict(activation='gelu_tanh', gated=False, bias=True), norm=dict(kind='layernorm', bias=True, eps=1e-5))
+
+
+def _shape(width: int, num_layers: int, num_heads: int, num_kv_heads: int, base: float, std: float) -> dict:
+  rope = dict(base=base, scaling='none', factor=1.0, original_length=16_384)
+  return BASE | dict(
+      width=width, num_layers=num_layers, max_length=16_384,
+      attention=BASE['attention'] | dict(num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=128, windows=(4096,)),
+      mlp=BASE['mlp'] | dict(width=4 * width), positions=dict(kind='rope', rope=rope),
+      init=dict(std=std, embedding_std=std, scale_by_depth=False))
+
+
+SIZES = {
+    '3b': _shape(3072, 30, 24, 2, 999_999.4420358813, 0.018042),
+    '7b': _shape(4608, 32, 36, 4, 1_000_000.0, 0.018042),
+    '15b': _shape(6144, 40, 48, 4, 100_000.0, 0.01275) | dict(tie_embeddings=False),
+}
+
+# ---- Hugging Face ------------------------------------------------------------------------------------------------
+
+MODEL_TYPE = 'starcoder2'
+ARCHITECTURES = {name: heads for name, heads in llamas.architectures('Starcoder2').items()
+                 if not name.endswith('QuestionAnswering')}
+PREFIX, TIED, BUFFERS = llama.PREFIX, llama.TIED, llama.BUFFERS
+
+_NORMS = {'attention_norm': 'layers.{layer}.input_layernorm', 'mlp_norm': 'layers.{layer}.post_attention_layernorm'}
+TEMPLATES = (
+    *((ours, keys.renamed(theirs, {'up_proj': 'c_fc', 'down_proj': 'c_proj'}), bijection)
+      for ours, theirs, bijection in llama.TEMPLATES),
+    *((f'stack/layer_{{layer}}/{ours}/bias', f'model.{theirs}.bias', 'd -> d') for ours, theirs in _NORMS.items()),
+    ('final_norm/bias', 'model.norm.bias', 'd -> d'),
+)
+
+KEYS = dict(
+    vocab_size=(int, 49_152), hidden_size=(int, 3072), intermediate_size=(int, 12_288), num_hidden_layers=(int, 30),
+    num_attention_heads=(int, 24), num_key_value_heads=(int, 2), hidden_act=(str, 'gelu_pytorch_tanh'),
+    max_position_embeddings=(int, 4096), norm_epsilon=(float, 1e-5), sliding_window=(int, None),
+    use_bias=(bool, True), tie_word_embeddings=(bool, True))
+FIXED = dict(mlp_type='default', norm_type='layer_norm')  # of its first folders
+
+
+def from_hf(given: Mapping[str, Any]) -> dict[str, Any]:
+  """Overrides of config.model for a config.json."""
+  hf = keys.read(given, KEYS, FIXED, keys.ROPE)
+  width, num_heads, bias = hf['hidden_size'], hf['num_attention_heads'], hf['use_bias']
+  head_dim = keys.heads('hidden_size', width, 'num_attention_heads', num_heads)
+  keys.heads('num_attention_heads', num_heads, 'num_key_value_heads', hf['num_key_value_heads'])
+  return BASE | dict(
+      width=width, num_layers=hf['num_hidden_layers'], vocab_size=hf['vocab_size'],
+      max_length=hf['max_position_embeddings'], tie_embeddings=hf['tie_word_embeddings'],
+      attention=BASE['attention'] | dict(num_heads=num_heads, num_kv_heads=hf['num_key_value_heads'],
+                                         head_dim=head_dim, bias=bias, out_bias=bias,
+                                         windows=(hf['sliding_window'] or 0,)),
+      mlp=BASE['mlp'] | dict(width=hf['intermediate_size'], bias=bias,
+                             activation=keys.activation('hidden_act', hf['hidden_act'])),
+      norm=BASE['norm'] | dict(eps=hf['norm_epsilon']),
+      positions=dict(kind='rope', rope=keys.rope(given, head_dim, hf['max_position_embeddings'])))
+
+
+def to_hf(model: Any) -> dict[str, Any]:
+  """The config.json of a ModelConfig."""
+  attention = model.attention
+  return dict(
+      model_type=MODEL_TYPE, vocab_size=model.vocab_size, hidden_size=model.width, intermediate_size=model.mlp.width,
+      num_hidden_layers=model.num_layers, num_attention_heads=attention.num_heads,
+      num_key_value_heads=attention.num_kv_heads, hidden_act=keys.their_activation(model.mlp.activation),
+      max_position_embeddings=model.max_length, norm_epsilon=model.norm.eps, use_bias=attention.bias,
+      sliding_window=keys.their_window(model), tie_word_embeddings=model.tie_embeddings,
+      initializer_range=model.init.std, attention_dropout=attention.dropout, residual_dropout=model.dropout,
+      embedding_dropout=model.dropout, **keys.their_rope(model.positions.rope))
