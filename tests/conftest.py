@@ -25,6 +25,14 @@ def _caches_of_its_own(tmp_path_factory):
   jax.config.update('jax_compilation_cache_dir', str(cache / 'programs'))
 
 
+@pytest.fixture(autouse=True, scope='module')
+def _programs_of_a_module_go_with_it():
+  """Thousands of compiled programs in one process exhaust its memory mappings, and XLA aborts."""
+  yield
+  import jax
+  jax.clear_caches()
+
+
 @pytest.fixture(scope='session')
 def corpus(tmp_path_factory):
   """A glob of a small corpus: forty text files."""

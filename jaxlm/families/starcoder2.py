@@ -1,4 +1,4 @@
-"""StarCoder2 (Lozhkov et al. 2024, arXiv:2402.19173): Llama's block with biases, LayerNorms and no gate; a window."""
+"""StarCoder2 (Lozhkov et al. 2024, arXiv:2402.19173): Llama's block with biases and LayerNorms, no gate; a window."""
 from typing import Any, Mapping
 
 from jaxlm.families import keys, llama, llamas
