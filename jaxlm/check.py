@@ -9,6 +9,7 @@ from jaxlm import config as config_module
 from jaxlm import objectives
 from jaxlm import optim
 from jaxlm.data import plans, sources, store, tokenizers
+from jaxlm.families import table
 from jaxlm.lookup import lookup
 from jaxlm.models import kernels, layers, positions, transformer
 from jaxlm.sharding import MESH_AXES
@@ -23,6 +24,8 @@ NAMED = {
     'model.mlp.activation': (layers.ACTIVATIONS, 'activation'),
     'model.positions.kind': (positions.POSITIONS, 'kind of positions'),
     'model.positions.rope.scaling': (positions.ROPE_SCALINGS, 'rope scaling'),
+    'model.mixer': (transformer.MIXERS, 'mixer'),
+    'model.family': ({'custom': None, **table.FAMILIES}, 'family'),
     'model.remat': (transformer.REMAT, 'remat policy'),
     'data.packing': (plans.PLANNERS, 'packing'),
     'data.source': (sources.SOURCES, 'source'),
@@ -49,9 +52,9 @@ def _at(config: ConfigDict, path: str) -> Any:
 
 
 def _names(config: ConfigDict) -> Iterator[str]:
-  for path, (table, kind) in NAMED.items():
+  for path, (known, kind) in NAMED.items():
     try:
-      lookup(table, _at(config, path), kind)
+      lookup(known, _at(config, path), kind)
     except JaxlmError as e:
       yield f'config.{path}: {e}'
   try:
@@ -92,6 +95,9 @@ def _model(config: ConfigDict) -> Iterator[str]:
                           or moe.top_groups > moe.num_groups):
     yield (f'config.model.moe: of num_experts={moe.num_experts} in num_groups={moe.num_groups} equal groups, '
            f'top_k={moe.top_k} and top_groups={moe.top_groups} cannot be chosen; lower them.')
+  if moe.num_experts and moe.mode == 'capacity' and objectives.visibility(config) == 'order':
+    yield ("config.model.moe.mode='capacity': earlier columns get places first, and here later ones may be read "
+           "before them, so what is predicted would show; set it to 'dropless'.")
   for part, on in (('moe', moe.num_experts), ('generator', model.generator.width)):
     key = 'width' if part == 'moe' else 'mlp_width'
     if on and model[part][key] < 1:
@@ -120,6 +126,9 @@ def _positions(config: ConfigDict) -> Iterator[str]:
       where = 'attention.latent.rope_dim' if latent.kv_rank else 'attention.head_dim times positions.rope.fraction'
       yield (f'config.model.{where} is {dims}; rope rotates pairs, '
              f'{"of two positions each, so make it a multiple of 4." if positions.two_dims else "so make it even."}')
+  if positions.kind == 'buckets' and not 4 <= positions.num_buckets < 2 * positions.max_distance:
+    yield (f'config.model.positions: num_buckets={positions.num_buckets} must be at least 4, and half of them below '
+           f'max_distance={positions.max_distance}, for they hold the nearest distances one by one.')
   if positions.two_dims and positions.kind not in ('learned', 'rope'):
     yield (f'config.model.positions.two_dims: kind={positions.kind!r} has one dim; use learned or rope, or set it to '
            'False.')
@@ -168,6 +177,10 @@ def _data(config: ConfigDict) -> Iterator[str]:
     if not name.strip() or '/' in name or name == 'heldout':
       yield (f'config.data.mixture: {name!r} cannot name a source: metrics are eval/<name>/…, and "heldout" is all '
              'sources together; choose another.')
+  for name, source, paths, _ in entries:
+    if source == 'stdlib' and paths:
+      yield (f'config.data.paths={paths!r}, but the source {name!r} is the standard library, which has no paths; set '
+             "config.data.source to 'text', 'jsonl' or what the files are.")
   for name, source, _, _ in data.mixture:
     try:
       lookup(sources.SOURCES, source, 'source')

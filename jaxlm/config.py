@@ -80,7 +80,7 @@ def _shrunk(config: ConfigDict, width: int, num_heads: int, num_layers: int) -> 
   config.update(batch_ramp=(), accumulation=1)
   model, head_dim = config.model, width // num_heads
   factorised = model.embedding.width != model.width
-  ratio = (model.width / width) ** 0.5  # sums of fewer terms keep their variance, up to 1; embeddings of variance 1 stay
+  ratio = (model.width / width) ** 0.5  # sums of fewer terms keep their variance, up to 1; embeddings of 1 stay
   for key in ('std', 'embedding_std'):
     if model.init[key] < 1:
       model.init[key] = min(model.init[key] * ratio, width ** -0.5)

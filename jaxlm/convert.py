@@ -1,6 +1,6 @@
 """Turns a run directory into a Hugging Face folder, or the other way round, or writes such a folder anew.
 
-  python -m jaxlm.convert --from=runs/quickstart --to=quickstart-hf
+  python -m jaxlm.convert --from=runs/gpt2 --to=gpt2-hf                  # of a family that has a form there
   python -m jaxlm.convert --from=Llama-3.2-1B --to=runs/llama            # for --config.checkpoint.init_from
   python -m jaxlm.convert --from=Llama-3.2-1B --to=half --form=hf --save_dtype=bfloat16
   python -m jaxlm.convert --from=llama.Q8_0.gguf --to=llama              # quantised tensors are expanded
@@ -8,8 +8,8 @@
 Nothing is written over: --to must be new, or an empty folder, and appears when it is complete.
 """
 import contextlib
-import os
 import shutil
+import uuid
 from pathlib import Path
 from typing import Any, Iterator, Mapping
 
@@ -26,14 +26,14 @@ from jaxlm.models.transformer import Transformer
 from jaxlm.rundir import RunDirectory
 from jaxlm.sharding import Layout
 from jaxlm.types import JaxlmError
-from jaxlm.weights import read_json, write_json
+from jaxlm.weights import Tensor, read_json, read_weights, write_json, write_weights
 
 _FROM = flags.DEFINE_string('from', None, 'A run directory, a Hugging Face folder, or a GGUF file.')
 _TO = flags.DEFINE_string('to', None, 'What to write: a new folder.')
 _FORM = flags.DEFINE_enum('form', None, ['run', 'hf'], 'What --to shall be: a run directory or a Hugging Face folder. '
                           'By default what --from is not.')
-_DTYPE = flags.DEFINE_enum('save_dtype', None, ['float32', 'bfloat16', 'float16'], 'Of the weights that are written; by '
-                           'default as they are.')
+_DTYPE = flags.DEFINE_enum('save_dtype', None, ['float32', 'bfloat16', 'float16'], 'Of the weights that are written; '
+                           'by default as they are.')
 _SHARD_BYTES = flags.DEFINE_integer('shard_bytes', 5 * 10**9, 'Size of a safetensors file, at most, but for a tensor '
                                     'that is larger.', lower_bound=1)
 _STEP = flags.DEFINE_integer('step', None, 'Checkpoint of a run; by default the newest that is whole.')
@@ -41,9 +41,10 @@ _STEP = flags.DEFINE_integer('step', None, 'Checkpoint of a run; by default the 
 # What belongs to a tokenizer, and goes along as it is.
 TOKENIZER_FILES = ('tokenizer.json', 'tokenizer_config.json', 'special_tokens_map.json', 'added_tokens.json',
                    'chat_template.jinja', 'chat_template.json', 'vocab.json', 'merges.txt', 'vocab.txt', 'spiece.model',
-                   'sentencepiece.bpe.model', 'tokenizer.model', 'source.spm', 'target.spm')
-GENERATION = 'generation_config.json'
-KEPT = 'hf'  # in a run directory: the config.json and generation_config.json of the folder that it came from
+                   'sentencepiece.bpe.model', 'tokenizer.model', 'tokenizer.model.v3', 'tekken.json', 'bpe.codes',
+                   'source.spm', 'target.spm', 'target_vocab.json', 'additional_chat_templates')
+GENERATION, TOKENIZER_CONFIG = 'generation_config.json', 'tokenizer_config.json'
+UNUSED = 'unused'  # beside those in a run directory: tensors that no output depends on
 SPECIAL = ('bos', 'eos', 'pad')
 
 
@@ -80,9 +81,9 @@ def _new(target: Path) -> Iterator[Path]:
   if target.exists() and (not target.is_dir() or any(target.iterdir())):
     raise JaxlmError(f'{target} is there already and is never written over; name a new folder.')
   target = target.absolute()
-  folder = target.with_name(f'.{target.name}.{os.getpid()}.tmp')
+  folder = target.with_name(f'.{target.name}.{uuid.uuid4().hex[:12]}.tmp')
+  folder.mkdir(parents=True)
   try:
-    folder.mkdir(parents=True)
     yield folder
     folder.rename(target)
   finally:
@@ -110,7 +111,6 @@ def run_to_hf(source: Path, folder: Path) -> str:
   if faults := config_module.faults(config):
     raise JaxlmError('\n'.join(f'{source}/config.json: {fault}' for fault in faults))
   tokenizer = tokenizers.load(source / 'tokenizer')
-  dtype = _DTYPE.value or config.precision.params
   model = _model(config, tokenizer.vocab.size, config.precision.params)
   with Checkpoints(source / 'checkpoints', read_only=True) as checkpoints:
     found = checkpoints.restore_params(transfer.wanted(model), _STEP.value,
@@ -118,13 +118,18 @@ def run_to_hf(source: Path, folder: Path) -> str:
   if found is None:
     raise JaxlmError(f'{source} has no checkpoint that can be read; let the run go on until its next save.')
   step, params = found
-  kept = (_json_if_there(source / KEPT / 'config.json')
-          or _special_ids(tokenizer.vocab, model.config.structure))
-  hf.save_folder(folder, model.config, params, kept=kept, dtype=dtype, shard_bytes=_SHARD_BYTES.value)
+  said = _json_if_there(source / hf.KEPT / 'config.json')
+  half = step == 0 and 'float16' in (said.get('dtype'), said.get('torch_dtype'))  # a run keeps that as float32
+  dtype = _DTYPE.value or ('float16' if half else config.precision.params)
+  unused = source / hf.KEPT / UNUSED
+  hf.save_folder(folder, model.config, params, kept=said or _special_ids(tokenizer.vocab, model.config.structure),
+                 unused=read_weights(unused) if unused.exists() else None, dtype=dtype, shard_bytes=_SHARD_BYTES.value)
   _tokenizer_files(source / 'tokenizer', folder)
+  if (source / hf.KEPT / TOKENIZER_CONFIG).is_file():
+    shutil.copyfile(source / hf.KEPT / TOKENIZER_CONFIG, folder / TOKENIZER_CONFIG)
   vocab, encodes = tokenizer.vocab, model.config.structure in ('encoder', 'encoder_decoder')
   _frame(folder, vocab.bos if config.data.bos else None, vocab.eos if config.data.eos and encodes else None)
-  _generation(source / KEPT, folder, model.config)
+  _generation(source / hf.KEPT, folder, model.config)
   return f'step {step} as a {model.config.family} folder, {_told(params, dtype)}'
 
 
@@ -167,7 +172,9 @@ def _generation(source: Path, folder: Path, model: Any) -> None:
 
 def _tokenizer_files(source: Path, folder: Path) -> None:
   for name in TOKENIZER_FILES:
-    if (source / name).is_file():
+    if (source / name).is_dir():
+      shutil.copytree(source / name, folder / name, dirs_exist_ok=True)
+    elif (source / name).is_file():
       shutil.copyfile(source / name, folder / name)
 
 
@@ -213,16 +220,22 @@ def hf_to_run(source: Path, folder: Path, target: Path) -> str:
     checkpoints.save(0, {'params': params}, {})
   tokenizer = tokenizers.load(given.tokenizer.parent)
   tokenizer.save(folder / 'tokenizer')
-  roles = _json_if_there(folder / 'tokenizer' / 'tokenizer_config.json')
+  roles = _json_if_there(folder / 'tokenizer' / TOKENIZER_CONFIG)
   _tokenizer_files(given.tokenizer.parent, folder / 'tokenizer')
-  said = _json_if_there(folder / 'tokenizer' / 'tokenizer_config.json')
+  said = _json_if_there(folder / 'tokenizer' / TOKENIZER_CONFIG)
   # Ids that only the folder's config.json named are named here, where there is none.
-  write_json(folder / 'tokenizer' / 'tokenizer_config.json',
+  write_json(folder / 'tokenizer' / TOKENIZER_CONFIG,
              roles | {key: value for key, value in said.items() if value is not None})
-  (folder / KEPT).mkdir()
-  write_json(folder / KEPT / 'config.json', given.hf)
-  if (given.tokenizer.parent / GENERATION).is_file():
-    write_json(folder / KEPT / GENERATION, read_json(given.tokenizer.parent / GENERATION))
+  kept = folder / hf.KEPT
+  kept.mkdir()
+  write_json(kept / 'config.json', given.hf)
+  for name in (GENERATION, TOKENIZER_CONFIG):
+    if (given.tokenizer.parent / name).is_file():
+      write_json(kept / name, read_json(given.tokenizer.parent / name))
+  if len(given.unused):
+    (kept / UNUSED).mkdir()
+    write_weights(kept / UNUSED, [Tensor(name, x.shape, x.dtype, lambda x=x: x) for name, x in given.unused.items()],
+                  _SHARD_BYTES.value)
   directory.accept(config, {}, tokenizers.load(folder / 'tokenizer').digest, ())
   return f'a run at step 0, {_told(params, dtype)}'
 

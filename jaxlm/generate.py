@@ -2,6 +2,7 @@
 
   python -m jaxlm.generate --model=runs/quickstart --prompt="def "
   python -m jaxlm.generate --model=runs/quickstart --prompt="def " --prompt="class " --temperature=0.8 --top_p=0.95
+  python -m jaxlm.generate --model=runs/glm --special --prompt="def [MASK] return x"          # fills the blank
 
 Prints each prompt with its continuation; several are separated by a line of dashes.
 """
@@ -10,7 +11,7 @@ from absl import flags
 from jaxlm import lm, programs
 from jaxlm.types import JaxlmError
 
-_MODEL = flags.DEFINE_string('model', None, 'A run directory, or a Hugging Face folder.')
+_MODEL = flags.DEFINE_string('model', None, 'A run directory, a Hugging Face folder, or a GGUF file.')
 _PROMPT = flags.DEFINE_multi_string('prompt', [], 'Text to continue; may be given several times.')
 _PROMPT_FILE = flags.DEFINE_multi_string('prompt_file', [], 'A file whose whole text is a prompt; may be repeated.')
 _MAX_NEW_TOKENS = flags.DEFINE_integer('max_new_tokens', None, 'Length of a continuation in tokens, at most. '
@@ -24,6 +25,8 @@ _SEED = flags.DEFINE_integer('seed', 0, 'Of the draws.')
 _NUM_BEAMS = flags.DEFINE_integer('num_beams', 1, 'Above 1: beam search with so many beams.')
 _LENGTH_PENALTY = flags.DEFINE_float('length_penalty', 1.0, 'Of beams: log-probability / length ** this; 0: none.')
 _STOP = flags.DEFINE_multi_string('stop', [], 'Text that ends a continuation, and is left out; may be repeated.')
+_SPECIAL = flags.DEFINE_bool('special', False, 'Read the names of special tokens in prompts, such as [MASK], as these '
+                              'tokens, not as text.')
 _DTYPE = flags.DEFINE_enum('dtype', None, ['float32', 'bfloat16'], 'Of parameters and computing; default: the run\'s.')
 
 SEPARATOR = '-' * 40
@@ -48,7 +51,7 @@ def main(argv: list[str]) -> None:
   continuations = model.generate(
       prompts, max_new_tokens=max_new_tokens, temperature=temperature, top_k=_TOP_K.value,
       top_p=_TOP_P.value, repetition_penalty=_REPETITION_PENALTY.value, seed=_SEED.value, stop=_STOP.value,
-      num_beams=_NUM_BEAMS.value, length_penalty=_LENGTH_PENALTY.value)
+      num_beams=_NUM_BEAMS.value, length_penalty=_LENGTH_PENALTY.value, special=_SPECIAL.value)
   for number, (prompt, continuation) in enumerate(zip(prompts, continuations)):
     if number:
       print(SEPARATOR)

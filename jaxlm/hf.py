@@ -22,6 +22,8 @@ from jaxlm.models.config import ModelConfig, freeze
 from jaxlm.types import JaxlmError, Tree
 from jaxlm.weights import INDEX, SINGLE, Tensor, Weights, cast, read_json, read_weights, write_json, write_weights
 
+KEPT = 'hf'  # in a run directory: what the folder that it came from said and a run has no place for
+
 # Who sees whom in a folder's model, and the objective that says so, by structure.
 VISIBILITY = {'encoder': 'full', 'decoder': 'causal', 'encoder_decoder': 'causal', 'two_stream': 'order'}
 OBJECTIVE = {'encoder': 'masked', 'decoder': 'causal', 'encoder_decoder': 'prefix', 'two_stream': 'permutation'}
@@ -233,6 +235,7 @@ def load_folder(path: str | os.PathLike) -> Folder:
   family = table.by_model_type(hf.get('model_type'))
   architecture = _architecture(family, hf)
   weights = source.weights if source else transfer.renamed(family, read_weights(path))
+  _bounded(hf, len(weights))
   overrides = _overrides(family, family.settled(hf, weights) if hasattr(family, 'settled') else hf, architecture)
   layers = overrides['num_layers']
   if not overrides.get('share_layers') and layers > len(weights):
@@ -240,6 +243,10 @@ def load_folder(path: str | os.PathLike) -> Folder:
   values = base.resolved(base.default())
   values['model'] = whole_model(overrides)
   structure = values['model']['structure']
+  key, other = ('is_decoder', True) if structure == 'encoder' else ('is_causal', False)
+  if hf.get(key) is other:
+    raise JaxlmError(f'config.json: {key}={other} changes who sees whom, and a {hf["model_type"]} is built as that is '
+                     'elsewhere; its weights cannot be used here.')
   values['objective']['name'] = getattr(family, 'OBJECTIVE', OBJECTIVE[structure])
   values['precision']['params'] = 'bfloat16' if set(weights.dtypes.values()) == {'BF16'} else 'float32'
   values['seq_len'] = max(2, min(values['seq_len'], values['model']['max_length']))
@@ -261,6 +268,13 @@ def load_folder(path: str | os.PathLike) -> Folder:
             if bare(name) in weights}
   return Folder(path, config, model, tokenizer, hf, architecture, rows,
                 transfer.match(family, model, weights, rows, prefix), Weights(unused))
+
+
+def _bounded(hf: Mapping[str, Any], tensors: int) -> None:
+  """Refuses counts of layers and experts that no model of so many tensors has, before anything is made as often."""
+  for key, value in hf.items():
+    if re.fullmatch(r'.*_(layers?|experts)', key) and type(value) is int and value > max(1_000, tensors):
+      raise JaxlmError(f'config.json says {key}={value}; the weights hold {tensors} tensors.')
 
 
 def frame(tokenizer: Path) -> tuple[list[int], list[int]]:

@@ -148,7 +148,7 @@ class LM:
 
   def generate(self, prompts: Any, max_new_tokens: int = 64, temperature: float = 0.0, top_k: int = 0,
                top_p: float = 1.0, repetition_penalty: float = 1.0, seed: int = 0, stop: str | Sequence[str] = (),
-               num_beams: int = 1, length_penalty: float = 1.0, batch_size: int = 32) -> Any:
+               num_beams: int = 1, length_penalty: float = 1.0, special: bool = False, batch_size: int = 32) -> Any:
     """Continues texts, and returns the continuations alone.
 
     Args:
@@ -159,6 +159,7 @@ class LM:
       temperature, top_k, top_p, repetition_penalty, seed, num_beams, length_penalty: as in `sampling.Sampling`.
       stop: texts that end a continuation. In text they are cut off, with what follows; ids end with the token that
         completes one, as they end with the end token.
+      special: read the names of special tokens in text, [MASK] or those of a chat, as these tokens; else they are text.
       batch_size: prompts continued at once.
     """
     self._needs_head('generate')
@@ -166,7 +167,7 @@ class LM:
                         seed=seed, num_beams=num_beams, length_penalty=length_penalty)
     stops = _stops(stop)
     single, prompts = _listed(prompts)
-    ids, first = zip(*map(self._prompt, prompts)) if prompts else ((), ())
+    ids, first = zip(*(self._prompt(prompt, special) for prompt in prompts)) if prompts else ((), ())
     for row, (prompt, found) in enumerate(zip(prompts, ids)):
       if isinstance(prompt, str) and not found:
         raise JaxlmError(f'Prompt {row} is empty, and this model has no token that begins a text; give some text.')
@@ -264,11 +265,11 @@ class LM:
     self._needs_tokenizer('Text')
     return self.start + self.tokenizer.encode(text)
 
-  def _prompt(self, text: Text) -> tuple[list[int], np.ndarray | None]:
+  def _prompt(self, text: Text, special: bool = False) -> tuple[list[int], np.ndarray | None]:
     """(ids, which may come first) of what is to be continued."""
     if not isinstance(text, str) or self.tokenizer is None:
       return self._ids(text), None
-    ids, first = self.tokenizer.encode_prompt(text)
+    ids, first = self.tokenizer.encode_prompt(text, special)
     return self.start + ids, first
 
   def _pair(self, context: Text, continuation: Text, row: int) -> tuple[Prompt, list[int]]:
@@ -442,7 +443,10 @@ def _load_run(path: str, mesh: Any, dtype: str | None) -> LM:
     raise JaxlmError(f'{path} has no checkpoint that can be read; let the run go on until its next save.')
   file = Path(path, 'tokenizer', 'tokenizer.json')  # one that came with a folder may put more around a text
   frame = hf.frame(file) if file.exists() else ([], [])
-  return LM(config, model, found[1], tokenizer, frame=frame if any(frame) else None, prompting=objective.prompt)
+  kept = os.path.join(path, hf.KEPT)
+  chosen = _object(kept, 'config.json') | _object(kept, 'generation_config.json')
+  return LM(config, model, found[1], tokenizer, eos=_ends_of(chosen, tokenizer) or None,
+            frame=frame if any(frame) else None, prompting=objective.prompt)
 
 
 def _load_folder(path: str, mesh: Any, dtype: str | None) -> LM:
@@ -451,7 +455,7 @@ def _load_folder(path: str, mesh: Any, dtype: str | None) -> LM:
                                           param_dtype=dtype or folder.model.param_dtype),
                       _layout(folder.config, mesh))
   tokenizer = tokenizers.load(path) if folder.tokenizer else None
-  chosen = folder.hf | _generation(path)
+  chosen = folder.hf | _object(path, 'generation_config.json')  # what that says goes before config.json
   prompting = functools.partial(_prompt_of_folder, structure=model.config.structure,
                                 start=next((chosen[key] for key in ('decoder_start_token_id', 'bos_token_id')
                                             if chosen.get(key) is not None), 0))
@@ -466,10 +470,10 @@ def _prompt_of_folder(ids: list[int], structure: str, start: int) -> Prompt:
   return Prompt(ids, context=len(ids) if structure == 'two_stream' else 0)
 
 
-def _generation(path: str) -> dict[str, Any]:
-  """generation_config.json, where there is one; what it says of tokens goes before config.json."""
+def _object(path: str, name: str) -> dict[str, Any]:
+  """What a JSON file says, where there is one."""
   try:
-    with open(os.path.join(path, 'generation_config.json'), encoding='utf-8') as f:
+    with open(os.path.join(path, name), encoding='utf-8') as f:
       found = json.load(f)
   except (OSError, ValueError):
     found = None

@@ -198,9 +198,7 @@ def lm_loss(model: Transformer, vocabulary: Vocabulary, params: Tree, batch: dic
     ahead, sums = cross_entropy(vocabulary, features_BTE, *unembedding, batch['future_targets'][..., i], weights)
     total += ahead
     told[f'loss_{i + 2}_ahead'] = sums['nll'], weights.sum()
-  for name, value_B in output.aux.items():
-    total += model.config.aux_losses[name] * (value_B * weight_B).sum()
-    told[name] = (value_B * weight_B).sum(), count
+  total += _extra(model, output.aux, weight_B, told)
   if 'labels' in batch:
     nll_B = -jnp.take_along_axis(jax.nn.log_softmax(output.scores), batch['labels'][:, None], axis=1)[:, 0]
     correct_B = (output.scores.argmax(-1) == batch['labels']).astype(jnp.float32)
@@ -208,6 +206,13 @@ def lm_loss(model: Transformer, vocabulary: Vocabulary, params: Tree, batch: dic
     mean = lambda x_B: ((x_B * batch['label_weights']).sum(), batch['label_weights'].sum())
     told |= {'label_loss': mean(nll_B), 'label_accuracy': mean(correct_B)}
   return total, {'objective': (total, count)} | told
+
+
+def _extra(model: Transformer, aux: dict[str, Array], weight_B: Array, told: Sums) -> Array:
+  """What a mixture's routers add to the loss; each part is told, too."""
+  sums = {name: (value_B * weight_B).sum() for name, value_B in aux.items()}
+  told |= {name: (value, weight_B.sum()) for name, value in sums.items()}
+  return sum((model.config.aux_losses[name] * value for name, value in sums.items()), jnp.float32(0))
 
 
 def loss_by_context(model: Transformer, vocabulary: Vocabulary, params: Tree, batch: dict[str, Array]) -> Sums:
@@ -256,7 +261,9 @@ def replaced_loss(model: Transformer, vocabulary: Vocabulary, params: Tree, batc
   shown_BT = tokens_BT.at[rows_B1, index_BM].set(drawn_BM.astype(tokens_BT.dtype), mode='drop')
   replaced_BT = (shown_BT != tokens_BT).astype(jnp.float32)
   seen = {k: v for k, v in batch.items() if k != 'target_index'} | {'tokens': shown_BT}
-  scores_BT = model.apply(variables, seen, rng=rng, with_logits=False).scores[..., 0]
+  output = model.apply(variables, seen, rng=rng, with_logits=False)
+  total += _extra(model, output.aux, weight_B, told)
+  scores_BT = output.scores[..., 0]
   nll_BT = optax.sigmoid_binary_cross_entropy(scores_BT, replaced_BT)
   per_row = lambda x_BT: (x_BT * real_BT).sum(1) / jnp.maximum(real_BT.sum(1), 1)
   total += REPLACED_WEIGHT * (per_row(nll_BT) * weight_B).sum()

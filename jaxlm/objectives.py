@@ -95,6 +95,7 @@ FITS: dict[str, dict[str, str]] = {
     'next_sentence': dict(encoder='full'), 'sentence_order': dict(encoder='full'),
 }
 
+_TWO_LABELS = ('head.num_labels', lambda n: n >= 2, 'at least 2')
 _TWO_TEXTS = ('embedding.token_types', lambda n: n != 1, '0, or at least 2')  # RoBERTa's table has one row
 
 # objective -> what else of the model it needs: key, whether its value will do, what will
@@ -102,8 +103,8 @@ NEEDS: dict[str, tuple[tuple[str, Callable[[Any], bool], str], ...]] = {
     'multi_token': (('future_heads', lambda n: n >= 1, 'at least 1'),),
     'replaced': (('generator.width', lambda n: n >= 1, 'at least 1'),
                  ('head.labels', lambda name: name == 'replaced', "'replaced'")),
-    'next_sentence': (('head.labels', lambda name: name == 'sequence', "'sequence'"), _TWO_TEXTS),
-    'sentence_order': (('head.labels', lambda name: name == 'sequence', "'sequence'"), _TWO_TEXTS),
+    'next_sentence': (('head.labels', lambda name: name == 'sequence', "'sequence'"), _TWO_LABELS, _TWO_TEXTS),
+    'sentence_order': (('head.labels', lambda name: name == 'sequence', "'sequence'"), _TWO_LABELS, _TWO_TEXTS),
     'translation': (_TWO_TEXTS,),
 }
 
@@ -141,6 +142,10 @@ def mismatch(config) -> str | None:
     value = functools.reduce(lambda node, part: node[part], path.split('.'), model)
     if not holds(value):
       return f'objective {name!r} needs config.model.{path} to be {wanted}; it is {value!r}.'
+  if name != 'replaced' and not model.head.lm:
+    return f'objective {name!r} predicts tokens, so it needs config.model.head.lm to be True.'
+  if name != 'multi_token' and model.future_heads:
+    return f'objective {name!r} predicts one token at a place; set config.model.future_heads=0, or use multi_token.'
   return _settings_fault(config) or _sentinels_missing(config)
 
 

@@ -160,21 +160,22 @@ def match(family: ModuleType, model: ModelConfig, weights: Weights, table: Seque
   if missing := names - set(left):
     raise JaxlmError(f'The weights lack {listed(missing)}, which config.json calls for.')
   entries = {name: left.pop(name) for name in names}
+  shapes = {name: row.bijection.their_shape(row.parts, model.vocab_size) for row in table for name in row.theirs}
+  twins = [(twin, name) for twin, name in twins if twin in left and name in entries]
+  shapes |= {twin: shapes[name] for twin, name in twins}
+  unused = {bare(name): shape for name, shape in unused_shapes(family, model).items()}
+  found = entries | left
+  for name, shape in (unused | shapes).items():
+    if name in found and found[name].shape != shape:
+      raise JaxlmError(f'Tensor {name} has shape {found[name].shape}; config.json calls for {shape}.')
+    if name in found and found[name].dtype not in DTYPES:
+      raise JaxlmError(f'Tensor {name} is {found[name].dtype}; {", ".join(DTYPES)} are read.')
   for twin, name in twins:
-    if twin in left and name in entries:
-      if not same(left.pop(twin).read(), entries[name].read()):
-        raise JaxlmError(f'config.json ties embeddings, but {twin} and {name} differ; set tie_word_embeddings to '
-                         'false there if the model has an output layer of its own.')
-  unused = {bare(name) for name in unused_shapes(family, model)}
+    if not same(left.pop(twin).read(), entries[name].read()):
+      raise JaxlmError(f'config.json ties embeddings, but {twin} and {name} differ; set tie_word_embeddings to '
+                       'false there if the model has an output layer of its own.')
   if extra := {name for name in left if name not in unused and not re.fullmatch(family.BUFFERS, name)}:
     raise JaxlmError(f'The weights hold {listed(extra)}, which config.json does not call for.')
-  for row in table:
-    shape = row.bijection.their_shape(row.parts, model.vocab_size)
-    for name in row.theirs:
-      if entries[name].shape != shape:
-        raise JaxlmError(f'Tensor {name} has shape {entries[name].shape}; config.json calls for {shape}.')
-      if entries[name].dtype not in DTYPES:
-        raise JaxlmError(f'Tensor {name} is {entries[name].dtype}; {", ".join(DTYPES)} are read.')
   return Weights(entries)
 
 
@@ -203,13 +204,19 @@ def pieces(table: Sequence[Row], weights: Weights, model: ModelConfig) -> Iterat
 
 def read(table: Sequence[Row], weights: Weights, model: ModelConfig) -> Tree:
   """All parameters, unstacked, as NumPy arrays in the files' dtypes."""
-  shapes = {path: shape for row in table for path, shape in zip(row.ours, row.shapes)}
+  want = {path: (shape, _dtype(row, weights)) for row in table for path, shape in zip(row.ours, row.shapes)}
   leaves: dict[str, np.ndarray] = {}
   for path, index, array in pieces(table, weights, model):
     if path not in leaves:
-      leaves[path] = np.zeros(shapes[path], array.dtype)
+      leaves[path] = np.zeros(*want[path])
     leaves[path][index + tuple(map(slice, array.shape))] = array
   return trees.unflatten(leaves)
+
+
+def _dtype(row: Row, weights: Weights) -> np.dtype:
+  """One that holds all values of a row, whose experts may differ."""
+  found = {DTYPES[weights.entries[name].dtype] for name in row.theirs}
+  return found.pop() if len(found) == 1 else np.dtype(np.float32)
 
 
 class Lazy:
@@ -217,7 +224,7 @@ class Lazy:
 
   def __init__(self, row: Row, part: int, weights: Weights, model: ModelConfig):
     self._row, self._part, self._weights, self._vocab_size = row, part, weights, model.vocab_size
-    self.shape, self.dtype = row.shapes[part], DTYPES[weights.entries[row.theirs[0]].dtype]
+    self.shape, self.dtype = row.shapes[part], _dtype(row, weights)
 
   def __getitem__(self, index: tuple[int, ...]) -> np.ndarray:
     if not self._row.experts:
@@ -225,7 +232,10 @@ class Lazy:
     return self._one(index[0])[index[1:]]
 
   def __array__(self, dtype=None, copy=None) -> np.ndarray:
-    whole = np.stack([self._one(i) for i in range(self.shape[0])]) if self._row.experts else self._one(0)
+    if self._row.experts:
+      whole = np.stack([self._one(i).astype(self.dtype, copy=False) for i in range(self.shape[0])])
+    else:
+      whole = self._one(0)
     return whole if dtype is None else whole.astype(dtype)
 
   def _one(self, expert: int) -> np.ndarray:

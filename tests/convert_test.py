@@ -36,7 +36,9 @@ def make(folder, dtype=np.float32, **more):
   (folder / 'tokenizer_config.json').write_text(json.dumps(said | dict(chat_template=TEMPLATE, model_max_length=64)))
   (folder / 'special_tokens_map.json').write_text(json.dumps(dict(eos_token='<|endoftext|>')))
   (folder / 'chat_template.jinja').write_text(TEMPLATE)
-  (folder / 'generation_config.json').write_text(json.dumps(dict(eos_token_id=[256, 257], temperature=0.6)))
+  (folder / 'generation_config.json').write_text(json.dumps(dict(eos_token_id=[256, 257, 7], temperature=0.6)))
+  (folder / 'additional_chat_templates').mkdir()
+  (folder / 'additional_chat_templates/rag.jinja').write_text(TEMPLATE)
   return folder
 
 
@@ -58,7 +60,7 @@ def read(file):
   return json.loads(file.read_text())
 
 
-@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16', 'float16'])
 def test_a_folder_becomes_a_run_and_comes_back_bit_for_bit_with_all_that_stood_beside_it(dtype, tmp_path):
   a, there, back = make(tmp_path / 'a', transfer.jnp.dtype(dtype)), tmp_path / 'run', tmp_path / 'b'
   assert run(f'--from={a}', f'--to={there}') == 0
@@ -67,7 +69,9 @@ def test_a_folder_becomes_a_run_and_comes_back_bit_for_bit_with_all_that_stood_b
   for name in ('generation_config.json', 'tokenizer.json', 'special_tokens_map.json'):
     assert read(back / name) == read(a / name), name
   assert (back / 'chat_template.jinja').read_text() == TEMPLATE
-  assert read(back / 'tokenizer_config.json').items() >= read(a / 'tokenizer_config.json').items()
+  assert (back / 'additional_chat_templates/rag.jinja').read_text() == TEMPLATE
+  assert read(back / 'tokenizer_config.json') == read(a / 'tokenizer_config.json')
+  assert jaxlm.load(str(there)).eos == jaxlm.load(str(a)).eos == (256, 257, 7)
   assert read(back / 'config.json') == read(a / 'config.json')
   assert sorted(p.name for p in tmp_path.iterdir()) == ['a', 'b', 'run']
 

@@ -263,7 +263,7 @@ SPOILT = {
     'extra': (dict(change=lambda t: t.update(extra=t[Q])), 'hold extra, which config.json does not call for'),
     'a layer more': (dict(config=dict(num_hidden_layers=4)), 'lack model.layers.3.* and 6 more'),
     'a layer less': (dict(config=dict(num_hidden_layers=2)), 'hold model.layers.2.* and 6 more'),
-    'absurd depth': (dict(config=dict(num_hidden_layers=10**9)), '1000000000 layers; the weights hold 30 tensors'),
+    'absurd depth': (dict(config=dict(num_hidden_layers=10**9)), 'num_hidden_layers=1000000000; the weights hold 30 tensors'),
     'absurd width': (dict(config=dict(intermediate_size=2**31 - 1)), 'config.json calls for'),
     'misshapen': (dict(change=lambda t: t.update({Q: t[Q].T.copy()})),
                   r'shape \(48, 32\); config.json calls for \(32, 48\)'),
@@ -281,6 +281,9 @@ SPOILT = {
     'remote code': (dict(config=dict(trust_remote_code=True)), 'trust_remote_code asks for code'),
     'no labels': (dict(config=dict(num_labels=0)), 'num_labels must be a whole number'),
     'another switch': (dict(config=dict(attention_sinks=4)), 'attention_sinks=4 is not understood'),
+    'sees what follows': (dict(config=dict(is_causal=False)), 'is_causal=False changes who sees whom'),
+    'a twin of another dtype': (dict(config=dict(tie_word_embeddings=True), change=lambda t: t.update(
+        {'lm_head.weight': t['lm_head.weight'].astype(np.float64)})), 'lm_head.weight is F64; F32, F16, BF16 are read'),
     'negative epsilon': (dict(config=dict(rms_norm_eps=-1.0)), 'config.model.norm.eps must be a number, above 0'),
 }
 

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 from windows import FIRST, PAIRS, VOCAB, config_of, is_text, item_of, make, rng_of, windows
 
+from jaxlm import check, objectives
 from jaxlm import config as configs
-from jaxlm import objectives
 from jaxlm.types import BATCH, JaxlmError
 
 BOTH = pytest.mark.parametrize('mask_documents', [True, False])
@@ -334,6 +334,21 @@ def test_settings_that_cannot_work_together_are_refused(name, kind, seq_len, own
   config.model.positions.two_dims = True
   config.model.head.labels = 'sequence'
   assert told in objectives.mismatch(config)
+
+
+@pytest.mark.parametrize('name, kind, model, told', [
+    ('causal', 'decoder', dict(future_heads=2), 'set config.model.future_heads=0, or use multi_token'),
+    ('causal', 'decoder', dict(head=dict(lm=False)), 'needs config.model.head.lm to be True'),
+    ('next_sentence', 'encoder', dict(head=dict(labels='sequence', num_labels=1)), 'num_labels to be at least 2'),
+    ('prefix', 'decoder', dict(moe=dict(num_experts=4, top_k=2, width=8, mode='capacity')), "set it to 'dropless'"),
+    ('span', 'encoder_decoder', dict(positions=dict(kind='buckets', num_buckets=2)), 'must be at least 4'),
+    ('span', 'encoder_decoder', dict(positions=dict(kind='buckets', max_distance=16)), 'half of them below max_distance=16'),
+    ('causal', 'decoder', dict(mixer='mamba'), "Unknown mixer 'mamba'"),
+    ('causal', 'decoder', dict(family='gpt3x'), "Did you mean 'gpt3'")])
+def test_models_that_an_objective_cannot_train_are_refused(name, kind, model, told):
+  config = config_of(name, kind)
+  config.model.update(model)
+  assert any(told in fault for fault in check.faults(config))
 
 
 @pytest.mark.parametrize('name, kind', [p for p in PAIRS if p[1] == 'encoder_decoder'])

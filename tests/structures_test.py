@@ -38,3 +38,22 @@ def test_greedy_tokens_are_the_likeliest_of_the_full_forward(name, kind):
       logits_V = logits_BTV[row, len(prompt.ids) - 1 + i]
       assert logits_V[token] > logits_V.max() - 1e-4  # float32 sums in another order
   assert all(len(new) == NEW for new in got)
+
+
+def test_memory_and_row_of_packed_documents_are_those_of_each_alone():
+  objective, model, params = small('permutation', 'two_stream')
+  rng, M, T = np.random.default_rng(0), 8, 24
+  segments = np.repeat([1, 2, 3], [5, 13, 14])  # of memory and row; document 2 begins in the memory
+  positions = np.concatenate([np.arange(n) for n in (5, 13, 14)])
+  order = rng.permutation(T) % 7
+  row = dict(tokens=rng.integers(97, 120, T), segment_ids=segments[M:], positions=positions[M:], order=order,
+             memory_tokens=rng.integers(97, 120, M), memory_segment_ids=segments[:M], memory_positions=positions[:M])
+  alone = lambda n: row | {key: np.where(row[key] == n, n, 0) for key in ('segment_ids', 'memory_segment_ids')}
+  batch = jax.tree.map(lambda *x: jnp.asarray(np.stack(x), jnp.int32), row, *map(alone, (1, 2, 3)))
+  found = np.asarray(model.apply({'params': params}, batch, with_logits=False).hidden)
+  for n in (2, 3):
+    np.testing.assert_allclose(found[0, segments[M:] == n], found[n, segments[M:] == n], atol=1e-5)
+  moved = dict(row, memory_tokens=row['memory_tokens'] ^ (segments[:M] == 2))
+  both = jax.tree.map(lambda *x: jnp.asarray(np.stack(x), jnp.int32), row, moved)
+  found = np.asarray(model.apply({'params': params}, both, with_logits=False).hidden)
+  assert (((found[0] != found[1]).any(-1)) == (segments[M:] == 2)).all()  # each row of document 2 reads its memory

@@ -107,7 +107,7 @@ class Vocab:
     found = self.get(role)
     if found is None:
       raise JaxlmError(f'The tokenizer has no {role} token, which config.objective.name asks for; prepare the data for '
-                       f'that objective, or name {names_of(role)[:1] or role} in its files.')
+                       f'that objective, or name {next(iter(names_of(role)), role)} in its files.')
     return found
 
 
@@ -143,19 +143,25 @@ class Tokenizer:
     canonical = json.dumps([definition, of_text], sort_keys=True, separators=(',', ':'))
     self.digest = hashlib.sha256(canonical.encode()).hexdigest()
 
-  def encode(self, text: str) -> list[int]:
-    """Ids of a text, none added."""
-    return list(text.encode()) if self._is_bytes else self.backend.encode(text, add_special_tokens=False).ids
+  def encode(self, text: str, special: bool = False) -> list[int]:
+    """Ids of a text, none added; with `special`, the names of special tokens in it are those."""
+    if self._is_bytes and not special:
+      return list(text.encode())
+    self.backend.encode_special_tokens = not special
+    try:
+      return self.backend.encode(text, add_special_tokens=False).ids
+    finally:
+      self.backend.encode_special_tokens = True
 
-  def encode_prompt(self, text: str) -> tuple[list[int], np.ndarray | None]:
-    """Ids of a text that is to be continued, and which ids may come first; None: any.
+  def encode_prompt(self, text: str, special: bool = False) -> tuple[list[int], np.ndarray | None]:
+    """Ids of a text that is to be continued, and which ids may come first; None: any. `special` as in `encode`.
 
     Most pieces begin with the space before a word, so a text cut after a space ends in a piece that no training text
     has there. The space is left out, and the first new piece must begin with one.
     """
     if self._spaced.sum() < 2 or not text.endswith(' ') or not text[:-1].strip(' ') or text.endswith('  '):
-      return self.encode(text), None
-    return self.encode(text[:-1]), self._spaced
+      return self.encode(text, special), None
+    return self.encode(text[:-1], special), self._spaced
 
   @functools.cached_property
   def _spaced(self) -> np.ndarray:

@@ -92,8 +92,9 @@ KEYS = dict(
 # The second line: of the fairseq models that the family began with, and never read.
 FIXED = dict(
     tie_word_embeddings=True,
-    normalize_before=False, add_final_layer_norm=False, add_bias_logits=False, extra_pos_embeddings=2)
-HARMLESS = r'dropout|(encoder|decoder)_layerdrop|init_std|classif_dropout|force_bos_token_to_be_generated'
+    normalize_before=False, add_final_layer_norm=False, add_bias_logits=False)
+HARMLESS = (r'dropout|(encoder|decoder)_layerdrop|init_std|classif_dropout|force_bos_token_to_be_generated|'
+            'extra_pos_embeddings')
 
 
 def from_hf(given: Mapping[str, Any]) -> dict[str, Any]:

@@ -67,7 +67,7 @@ KEYS = llamas.KEYS | dict(
     num_attention_heads=(int, 128), max_position_embeddings=(int, 4096), attention_bias=(bool, False),
     kv_lora_rank=(int, 512), q_lora_rank=(int, None), qk_nope_head_dim=(int, 128), qk_rope_head_dim=(int, 64),
     v_head_dim=(int, 128), rope_interleave=(bool, True), n_routed_experts=(int, 256), num_experts_per_tok=(int, 8),
-    moe_intermediate_size=(int, 2048), n_shared_experts=(int, 1), n_group=(int, 8), topk_group=(int, 4),
+    moe_intermediate_size=(int, 2048), n_shared_experts=(keys.Index, 1), n_group=(int, 8), topk_group=(int, 4),
     norm_topk_prob=(bool, True), routed_scaling_factor=(float, 2.5), first_k_dense_replace=(int, None))
 DEFAULTS = dict(q_lora_rank=1536, first_k_dense_replace=3)  # where left out
 # eps is that of the norms of latents, whatever the file says; the others are of the authors' own code.

@@ -40,7 +40,7 @@ TEMPLATES = tuple((ours, keys.renamed(theirs, NAMES), *rest) for ours, theirs, *
 UNUSED = bert.UNUSED
 
 KEYS = bert.KEYS | dict(use_task_id=(bool, False), task_type_vocab_size=(int, 3))
-FIXED = bert.FIXED
+FIXED = bert.FIXED | dict(pool_act='tanh')
 
 
 def from_hf(given: Mapping[str, Any]) -> dict[str, Any]:

@@ -63,7 +63,8 @@ KEYS = dict(
     vocab_size=(int, VOCAB_SIZE), hidden_size=(int, 768), num_hidden_layers=(int, 12), num_attention_heads=(int, 12),
     intermediate_size=(int, 3072), max_position_embeddings=(int, 1026), rope_theta=(float, 10_000.0),
     layer_norm_eps=(float, 1e-12), position_embedding_type=(str, 'absolute'), emb_layer_norm_before=(bool, None),
-    token_dropout=(bool, False), mask_token_id=(int, None), pad_token_id=(int, 1), tie_word_embeddings=(bool, True),
+    token_dropout=(bool, False), mask_token_id=(keys.Index, None), pad_token_id=(keys.Index, 1),
+    tie_word_embeddings=(bool, True),
     rope_inv_freq_dtype=(str, 'float32'))  # the last is ours: transformers looks at the tensors
 FIXED = dict(is_decoder=False, add_cross_attention=False, is_folding_model=False, hidden_act='gelu')
 

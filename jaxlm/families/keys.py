@@ -15,7 +15,9 @@ HARMLESS = re.compile(
     r'chunk_size_feed_forward|max_length|min_length|do_sample|early_stopping|num_beams|num_beam_groups|'
     r'diversity_penalty|temperature|top_[kp]|typical_p|repetition_penalty|length_penalty|no_repeat_ngram_size|'
     r'encoder_no_repeat_ngram_size|bad_words_ids|num_return_sequences|exponential_decay_length_penalty|'
-    r'suppress_tokens|begin_suppress_tokens|remove_invalid_values|unsloth_.*|.*_dropout_prob')
+    r'suppress_tokens|begin_suppress_tokens|remove_invalid_values|unsloth_.*|.*_dropout_prob|save_step|'
+    r'is_llama_config|max_sequence_length|transformers\.js_config|sentence_transformers|'
+    r'sbert_ce_default_activation_function')
 
 # Of those, what a folder said of how it was trained, which stays as it was.
 CHOICES = r'initializer_range|.*_p?dropout|.*_pdrop|.*_dropout_prob'
@@ -26,13 +28,18 @@ ACTIVATIONS = {
     'gelu_python_tanh': 'gelu_tanh', 'gelu': 'gelu', 'gelu_python': 'gelu', 'relu': 'relu', 'relu2': 'relu2',
     'silu': 'silu', 'swish': 'silu'}
 
-KINDS = {int: 'a whole number from 1 to 2147483647', float: 'a number', bool: 'true or false', str: 'text',
-         dict: 'an object', list: 'a list'}
+
+class Index(int):
+  """A kind of value: a whole number that may be 0, as ids and counts of layers may."""
+
+
+KINDS = {int: 'a whole number from 1 to 2147483647', Index: 'a whole number from 0 to 2147483647', float: 'a number',
+         bool: 'true or false', str: 'text', dict: 'an object', list: 'a list'}
 
 
 def _is(value: Any, kind: type) -> bool:
-  if kind is int:
-    return type(value) is int and 0 < value < 2 ** 31  # sizes; jax counts dims in int32
+  if kind in (int, Index):  # jax counts dims in int32
+    return type(value) is int and (0 if kind is Index else 1) <= value < 2 ** 31
   if kind is float:
     return type(value) in (int, float) and abs(value) < 3e38  # and so no nan
   return isinstance(value, kind)

@@ -94,7 +94,7 @@ KEYS = dict(
     word_embed_proj_dim=(int, None), num_attention_heads=(int, 12), activation_function=(str, 'relu'),
     enable_bias=(bool, True), tie_word_embeddings=(bool, True))
 FIXED = dict(layer_norm_elementwise_affine=True)
-HARMLESS = r'dropout|layerdrop|init_std'  # of training
+HARMLESS = r'dropout|layerdrop|init_std|learned_embeddings'  # of training, but for the last, which is never read
 
 
 def from_hf(given: Mapping[str, Any]) -> dict[str, Any]:

@@ -43,7 +43,7 @@ PREFIX, TIED, BUFFERS = llama.PREFIX, llama.TIED, llama.BUFFERS
 TEMPLATES = llamas.with_spans(llama.TEMPLATES, prefix='transformer.')
 
 # Keys of windows, here and in the families that follow.
-WINDOW_KEYS = dict(use_sliding_window=(bool, False), sliding_window=(int, None), max_window_layers=(int, 28),
+WINDOW_KEYS = dict(use_sliding_window=(bool, False), sliding_window=(int, None), max_window_layers=(keys.Index, 28),
                    layer_types=(list, None))
 KEYS = llamas.KEYS | WINDOW_KEYS | dict(
     vocab_size=(int, _SMALL), intermediate_size=(int, 22_016), num_key_value_heads=(int, 32), head_dim=(int, None),

@@ -39,7 +39,7 @@ TEMPLATES = tuple((ours, keys.renamed(theirs, {'bert.': 'roberta.'}), *rest) for
 )
 UNUSED = {'lm_head.bias': bert.spare}
 
-KEYS = bert.KEYS | dict(vocab_size=(int, 50265), pad_token_id=(int, 1))
+KEYS = bert.KEYS | dict(vocab_size=(int, 50265), pad_token_id=(keys.Index, 1))
 FIXED = bert.FIXED | dict(hidden_act='gelu')  # the output layer's activation is that, whatever the block's
 
 

@@ -242,7 +242,7 @@ class ModelConfig:
           self, width=small.width, num_layers=small.num_layers, generator=dataclasses.replace(small, width=0),
           attention=dataclasses.replace(self.attention, num_heads=heads, num_kv_heads=heads,
                                         head_dim=max(small.width // heads, 1)),
-          mlp=dataclasses.replace(self.mlp, width=small.mlp_width),
+          mlp=dataclasses.replace(self.mlp, width=small.mlp_width), moe=dataclasses.replace(self.moe, num_experts=0),
           head=dataclasses.replace(body, lm=True, bias=True, transform='full', transform_bias=True))
     return found
 

@@ -118,16 +118,18 @@ class Norm(nn.Module):
 
 
 class Embedding(nn.Module):
-  """A table of vectors; rows beyond the vocabulary only round its size up."""
+  """A table of vectors; rows beyond the vocabulary only round its size up. Drawn with `std`, or init.embedding_std."""
   config: ModelConfig
   size: int
   width: int
   axes: tuple[str | None, str]
+  std: float | None = None
 
   def setup(self):
+    std = self.config.init.embedding_std if self.std is None else self.std
     self.embedding = self.param(
-        'embedding', nn.with_logical_partitioning(nn.initializers.normal(self.config.init.embedding_std), self.axes),
-        (self.size, self.width), jnp.dtype(self.config.param_dtype))
+        'embedding', nn.with_logical_partitioning(nn.initializers.normal(std), self.axes), (self.size, self.width),
+        jnp.dtype(self.config.param_dtype))
 
   def __call__(self, ids_BT: Array) -> Array:
     return jnp.take(self.embedding, ids_BT, axis=0).astype(self.config.dtype)

@@ -158,10 +158,10 @@ def _add(total: Aux, aux: Aux) -> Aux:
           for name in total | aux}
 
 
-def _by_mixture(aux: Aux, config: ModelConfig) -> Aux:
-  """Means over mixture layers, an encoder's among them, of sums over them."""
+def _by_mixture(aux: Aux, config: ModelConfig, heads: int) -> Aux:
+  """Means over mixture layers, an encoder's and so many future heads' among them, of sums over them."""
   towers = [tower for start, tower in config.towers().items() if start in ('', 'encoder/')]
-  count = sum(kind.moe for tower in towers for kind in tower.layer_kinds())
+  count = sum(kind.moe for tower in towers for kind in tower.layer_kinds()) + heads * config.layer_kinds()[-1].moe
   return {name: x_B / count for name, x_B in aux.items()}
 
 
@@ -327,7 +327,8 @@ class Tower(nn.Module):
     if embedding.width != config.width:
       self.embed_project = Dense(config, (config.width,), (None, 'embed'), bias=embedding.project_bias)
     if positions.kind == 'buckets':
-      self.relative_bias = Embedding(config, positions.num_buckets, config.attention.num_heads, (None, 'heads'))
+      self.relative_bias = Embedding(config, positions.num_buckets, config.attention.num_heads, (None, 'heads'),
+                                     std=config.width ** -0.5)
     self.stack = Stack(config, self.layout)
     if config.residual.final_norm:
       self.final_norm = Norm(config)
@@ -400,7 +401,7 @@ class Tower(nn.Module):
         return Bias(rounded_alibi_bias, (slopes_N, jnp.float32(positions.alibi_scale)))
       return Bias(alibi_bias, slopes_N * positions.alibi_scale)
     if positions.kind == 'buckets':
-      two_sided = config.visibility == 'full'
+      two_sided = config.visibility != 'causal'  # an order lets some see what comes after
       return Bias(BucketBias(positions.num_buckets, positions.max_distance, two_sided), self.relative_bias.embedding)
     return None
 
@@ -484,6 +485,8 @@ class Transformer(Tower):
     keys_B = None
     if rng is not None:
       keys_B = example_keys(rng, batch.get('example_ids', jnp.arange(batch['tokens'].shape[0])))
+    if 'memory_tokens' in batch:  # each column has a slot of its own: positions begin anew in every document
+      batch = batch | {'slots': _columns(batch['tokens'], batch['memory_tokens'].shape[1])}
     side = _side(batch, '', config.visibility, keys_B, cached=cache is not None)
     source, aux = None, {}
     if config.structure == 'encoder_decoder' and 'source_tokens' in batch:
@@ -499,9 +502,9 @@ class Transformer(Tower):
       query_BME = dropout(query_BME, config.dropout, fold(keys_B, EMBEDDING_LAYER), 1)
       x_BTE = jnp.concatenate([x_BTE, query_BME], axis=1)
     stream_BTD, hidden_BTD, cache, told = self.run(x_BTE, side, cache, source)
-    aux = _by_mixture(_add(aux, told), config)
-
-    future = tuple(self.features(x_BTD) for x_BTD in self._future(stream_BTD, side, cache))
+    ahead, more = self._future(stream_BTD, side, cache)
+    aux = _by_mixture(_add(_add(aux, told), more), config, len(ahead))
+    future = tuple(self.features(x_BTD) for x_BTD in ahead)
     at_BMD = hidden_BTD
     if side.queries is not None:
       columns = side.ids_BT.shape[1]
@@ -523,22 +526,28 @@ class Transformer(Tower):
     """A cache that holds the memory, without gradient, and has room for the row."""
     memory = {key.removeprefix('memory_'): value for key, value in batch.items() if key.startswith('memory_')}
     memory['order'] = jnp.zeros_like(memory['tokens'])  # all of it is context
+    memory['slots'] = _columns(memory['tokens'])
     side = _side(memory, '', self.config.visibility, None, cached=True)
     B, M = side.ids_BT.shape
     cache = init_cache(self.config, B, M + batch['tokens'].shape[1])
     _, _, cache, _ = self.run(self.embedded(self.embed(side.ids_BT), side), side, cache)
     return jax.lax.stop_gradient(cache)
 
-  def _future(self, x_BTD: Array, side: Side, cache: Any) -> list[Array]:
-    """Hidden states that predict the 2nd, 3rd, … token ahead; none while decoding, which asks for the next alone.
+  def _future(self, x_BTD: Array, side: Side, cache: Any) -> tuple[list[Array], Aux]:
+    """(hidden states that predict the 2nd, 3rd, … token ahead, extra losses); none while decoding.
 
     Source: Gloeckle et al. 2024, arXiv:2404.19737, section 2: parallel heads, a block each, one output matrix.
     """
+    config = self.config
     if cache is not None or not self.future:
-      return []
+      return [], {}
     context = Context(side.tokens, side.slots_BT, *self._rotations(side.tokens, side), self._bias(), side.keys_B)
-    heads = [block(x_BTD, context, self.config.num_layers + i, None)[0] for i, block in enumerate(self.future)]
-    return [self.final_norm(x) if self.config.residual.final_norm else x for x in heads]
+    window, found, total = config.window(config.num_layers - 1) or None, [], {}
+    for i, block in enumerate(self.future):
+      out_BTD, _, aux = block(x_BTD, context, config.num_layers + i, window)
+      found.append(self.final_norm(out_BTD) if config.residual.final_norm else out_BTD)
+      total = _add(total, aux)
+    return found, total
 
   def _scores(self, hidden_BTD: Array, segments_BT: Array) -> Array | None:
     """What the label head says; without labels, the pooled states that a body's pooler gives, [B, D]."""
@@ -577,11 +586,16 @@ class Transformer(Tower):
     return softcap(logits_BTV, self.config.logit_softcap)
 
 
+def _columns(ids_BT: Array, first: int = 0) -> Array:
+  """[B, T]: first, first + 1, …"""
+  return jnp.broadcast_to(first + jnp.arange(ids_BT.shape[1], dtype=jnp.int32), ids_BT.shape)
+
+
 def _side(batch: dict[str, Array], start: str, visibility: str, keys_B: Array | None, cached: bool) -> Side:
   """The arrays of a batch whose names begin with `start`, filled up with the obvious ones."""
   ids_BT = batch[start + 'tokens']
   zeros_BT, ones_BT = jnp.zeros_like(ids_BT), jnp.ones_like(ids_BT)
-  count_BT = jnp.broadcast_to(jnp.arange(ids_BT.shape[1], dtype=jnp.int32), ids_BT.shape)
+  count_BT = _columns(ids_BT)
   positions_BT = batch.get(start + 'positions', count_BT)
   slots_BT = batch.get('slots', positions_BT)
   orders = {'full': lambda: zeros_BT, 'causal': lambda: (slots_BT if cached else count_BT) + 1,

@@ -16,7 +16,6 @@ import safetensors.numpy  # noqa: E402
 
 TINY = dict(vocab_size=97, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=40,
             max_position_embeddings=40, type_vocab_size=3)
-# As trained, with both heads: Turc et al. 2019, table 2; base and large as counted in the published weights, where
 
 
 def tiny(name, **config):
@@ -36,6 +35,12 @@ def test_an_untied_output_layer_is_theirs(tmp_path):
 def test_every_class_is_theirs(tmp_path, name):
   labels = dict(num_labels=3) if name in ('ForSequenceClassification', 'ForTokenClassification') else {}
   parity.check(tmp_path, tiny(name, **labels), packed=False)
+
+
+def test_an_encoder_that_sees_only_what_precedes_is_refused(tmp_path):
+  tiny('ForMaskedLM', is_decoder=True).save_pretrained(tmp_path)
+  with pytest.raises(JaxlmError, match='is_decoder=True changes'):
+    jaxlm.load(str(tmp_path))
 
 
 def test_a_tokenizer_that_pads_puts_no_padding_around_texts(tmp_path):

@@ -4,7 +4,8 @@ import pytest
 
 import jaxlm
 import parity
-from jaxlm import hf
+from jaxlm import convert, hf, programs, weights
+from jaxlm.data import tokenizers
 from jaxlm.families import esm
 from jaxlm.types import JaxlmError
 
@@ -33,6 +34,16 @@ def test_esm_1b_untied_is_theirs(tmp_path):
 @pytest.mark.parametrize('name', ['Model', 'ForSequenceClassification', 'ForTokenClassification'])
 def test_every_class_is_theirs(tmp_path, name):
   parity.check(tmp_path, tiny(name, token_dropout=False), packed=False)
+
+
+def test_what_no_output_depends_on_comes_back_from_a_run(tmp_path):
+  parity.randomised(tiny('ForMaskedLM', vocab_size=300)).save_pretrained(tmp_path / 'a')
+  tokenizers.bytes_tokenizer().save(tmp_path / 'a')
+  for source, target in (('a', 'run'), ('run', 'b')):
+    assert programs.outcome(convert.main, ['', f'--from={tmp_path / source}', f'--to={tmp_path / target}']) == 0
+  a, b = (weights.read_weights(tmp_path / name) for name in 'ab')
+  for name in ('esm.contact_head.regression.weight', 'esm.contact_head.regression.bias'):
+    np.testing.assert_array_equal(a[name], b[name])
 
 
 def test_masks_embed_as_zero_and_the_rest_makes_up_for_them(tmp_path):

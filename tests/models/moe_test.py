@@ -271,11 +271,19 @@ def test_scanned_layers_equal_unrolled_ones_and_losses_are_means_over_mixtures(m
   assert got.aux['balance'].shape == (2,) and (got.aux['balance'] < 4).all()  # 2 where all is even; a sum would be 8
 
 
+def test_routers_of_future_heads_are_balanced_too(model_of, params_of):
+  model = _model(model_of, num_layers=2, future_heads=1)
+  params, batch = params_of(model), {'tokens': jax.random.randint(jax.random.key(0), (2, 8), 0, 29)}
+  balance = lambda params: jax.jit(model.apply)({'params': params}, batch).aux['balance'].sum()
+  found = jax.grad(balance)(params)['future_0']['mlp']['router']['kernel']
+  assert np.abs(np.asarray(nn.unbox(found))).max() > 0 and balance(params) < 8
+
+
 def test_an_encoders_mixtures_count_too(model_of, params_of):
   model = _model(model_of, structure='encoder_decoder', encoder_layers=2, num_layers=2)
   tokens = jax.random.randint(jax.random.key(0), (2, 8), 0, 29)
-  params = params_of(model)
-  aux = lambda source: jax.jit(model.apply)({'params': params}, {'tokens': tokens, 'source_tokens': source}).aux['balance']
+  params, apply = params_of(model), jax.jit(model.apply)
+  aux = lambda source: apply({'params': params}, {'tokens': tokens, 'source_tokens': source}).aux['balance']
   assert (1 < aux(tokens)).all() and (aux(tokens) < 4).all() and (aux(tokens) != aux(tokens[:, ::-1])).all()
 
 
