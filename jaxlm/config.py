@@ -141,8 +141,10 @@ def parse_arg(arg: str | None, **defaults) -> ConfigDict:
   for item in filter(None, (arg or '').split(',')):
     key, equals, given = item.partition('=')
     if key not in defaults:
+      meant = [f' Did you mean {name}={key}?' for name, default in defaults.items()
+               if isinstance(default, OneOf) and key in default.known]
       raise JaxlmError(f'Unknown argument {key!r} of the experiment. Known: {", ".join(defaults) or "none"}.'
-                       + nearest(key, defaults))
+                       + (meant[0] if meant else nearest(key, defaults)))
     kind = defaults[key]
     if isinstance(kind, OneOf):
       if given not in kind.known:

@@ -90,34 +90,41 @@ class LM:
       raise JaxlmError("scores needs a label head, and this model has none (config.model.head.labels='none').")
     return self._forward(tokens_BT, source_BS, mask, source_mask, 'scores')
 
-  def attention(self, tokens_BT: Any, mask: Any = None) -> list[Array]:
+  def attention(self, tokens_BT: Any, source_BS: Any = None, mask: Any = None,
+                source_mask: Any = None) -> list[Array]:
     """A layer: float32 [B, N, T, T], how much each token (row) of each head takes from each other; to look at.
 
-    The arguments of `logits`.
+    The arguments of `logits`. Of an encoder-decoder it is the decoder's, among its own tokens.
     """
-    ids_BT, real_BT = self._rows(tokens_BT, mask)
+    config = self.model.config
+    if config.mixer != 'attention':
+      raise JaxlmError(f'attention: the tokens of a layer of this model meet by config.model.mixer={config.mixer!r}.')
+    rows = self._given(tokens_BT, source_BS, mask, source_mask)
     model = self.model.clone(config=dataclasses.replace(
-        self.model.config, attention=dataclasses.replace(self.model.config.attention, kernel='dense')))
-    see = lambda params, ids, real: model.apply({'params': params}, decode.batch_of(model.config, ids, real),
-                                                mutable='attention')[1]
-    seen = trees.flatten(jax.jit(see)(self.params, ids_BT, real_BT))
-    return [seen[f'attention/stack/layer_{i}/attention/probs/0'] for i in range(model.config.num_layers)]
+        config, attention=dataclasses.replace(config.attention, kernel='dense')))
+    see = lambda params, rows: model.apply({'params': params}, _batch(config, *rows), mutable='attention')[1]
+    seen, T = trees.flatten(jax.jit(see)(self.params, rows)), rows[0][0].shape[1]
+    return [seen[f'attention/stack/layer_{i}/attention/probs/0'][:, :, :T] for i in range(config.num_layers)]
 
   def _forward(self, tokens: Any, source: Any, mask: Any, source_mask: Any, what: str) -> Array:
+    rows = self._given(tokens, source, mask, source_mask)
+    B, T = rows[0][0].shape
+    found = _outputs(self.model, self.params, *(self._grown(*row) for row in rows), what=what)
+    return found[:B] if found.ndim == 2 else found[:B, :T]
+
+  def _given(self, tokens: Any, source: Any, mask: Any, source_mask: Any) -> list[tuple[np.ndarray, np.ndarray]]:
+    """(ids, which are real) of the tokens and, where there is an encoder, of its source."""
     if not self._encodes and mask is None:
       source, mask = None, source
     if self._encodes == (source is None):
       raise JaxlmError('This model has an encoder: give its source, too, as the second argument.' if self._encodes else
                        'This model has no encoder to read a source.')
-    rows = self._rows(tokens, mask)
-    (B, T), arrays = rows[0].shape, [self._grown(*rows)]
+    rows = [self._rows(tokens, mask)]
     if source is not None:
-      rows = self._rows(source, source_mask, 'source_BS')
-      if len(rows[0]) != B:
-        raise JaxlmError(f'source_BS must have as many rows as tokens_BT, {B}; got {len(rows[0])}.')
-      arrays.append(self._grown(*rows))
-    found = _outputs(self.model, self.params, *arrays, what=what)
-    return found[:B] if found.ndim == 2 else found[:B, :T]
+      rows.append(self._rows(source, source_mask, 'source_BS'))
+      if len(rows[1][0]) != len(rows[0][0]):
+        raise JaxlmError(f'source_BS must have as many rows as tokens_BT, {len(rows[0][0])}; got {len(rows[1][0])}.')
+    return rows
 
   def _grown(self, tokens_BT: np.ndarray, real_BT: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Both padded to one of few sizes, so that a loop over texts of any length compiles a few programs."""
@@ -356,13 +363,17 @@ def _described(value: Any) -> str:
 # ---- what is compiled --------------------------------------------------------------------------------------------
 
 
+def _batch(config: Any, rows: tuple[Array, Array], source: tuple[Array, Array] | None = None) -> dict[str, Array]:
+  batch = decode.batch_of(config, *map(jnp.asarray, rows))
+  if source is not None:
+    batch |= {'source_tokens': jnp.asarray(source[0]), 'source_segment_ids': jnp.asarray(source[1], jnp.int32)}
+  return batch
+
+
 @functools.partial(jax.jit, static_argnames=('model', 'what'))
 def _outputs(model: Transformer, params: Tree, rows: tuple[Array, Array], source: tuple[Array, Array] | None = None,
              what: str = 'logits') -> Array:
-  batch = decode.batch_of(model.config, *rows)
-  if source is not None:
-    batch |= {'source_tokens': source[0], 'source_segment_ids': source[1].astype(jnp.int32)}
-  out = model.apply({'params': params}, batch, with_logits=what == 'logits')
+  out = model.apply({'params': params}, _batch(model.config, rows, source), with_logits=what == 'logits')
   return out.logits[..., :model.config.vocab_size] if what == 'logits' else getattr(out, what)
 
 

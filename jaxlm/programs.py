@@ -62,7 +62,9 @@ def _file_and_argument() -> tuple[str, str | None]:
 def _made(file: str, argument: str | None) -> ConfigDict:
   """What an experiment's `get_config` returns; its errors in a line each, with the line of the file."""
   if not os.path.isfile(file):
-    raise JaxlmError(f'No config file {file!r}; give an experiment such as experiments/quickstart.py.')
+    meant = next((guess for guess in (f'{file}.py', f'experiments/{file}.py') if os.path.isfile(guess)), None)
+    raise JaxlmError(f'No config file {file!r}; '
+                     f'give {"an experiment such as experiments/quickstart.py" if meant is None else meant}.')
   spec = importlib.util.spec_from_file_location('experiment', file)
   if spec is None:
     raise JaxlmError(f'{file} is not a Python file; give an experiment such as experiments/quickstart.py.')

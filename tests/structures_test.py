@@ -6,9 +6,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlm import decode
+from jaxlm import decode, lm
 from jaxlm.sampling import Sampling
-from tests.matrix_test import small
+from jaxlm.types import JaxlmError
+from tests.matrix_test import config_of, small
 
 NEW = 6
 # One of each way in which prompts are made and read; all other pairs share one of these.
@@ -38,6 +39,22 @@ def test_greedy_tokens_are_the_likeliest_of_the_full_forward(name, kind):
       logits_V = logits_BTV[row, len(prompt.ids) - 1 + i]
       assert logits_V[token] > logits_V.max() - 1e-4  # float32 sums in another order
   assert all(len(new) == NEW for new in got)
+
+
+def test_attention_is_shown_of_every_structure_that_has_it_and_refused_of_others():
+  def loaded(name, kind):
+    _, model, params = small(name, kind)
+    return lm.LM(config_of(name, kind), model, params, None)
+  tokens, source = np.arange(97, 102)[None], np.arange(97, 104)[None]
+  for (name, kind), given in {('masked', 'encoder'): (tokens,), ('span', 'encoder_decoder'): (tokens, source),
+                              ('permutation', 'two_stream'): (tokens,)}.items():
+    layers = loaded(name, kind).attention(*given)
+    assert [probs_BNTT.shape for probs_BNTT in layers] == [(1, 2, 5, 5)] * 2, kind
+    np.testing.assert_allclose(layers[0].sum(-1), 1, atol=1e-6)
+  with pytest.raises(JaxlmError, match="meet by config.model.mixer='lstm'"):
+    loaded('causal', 'recurrent').attention(tokens)
+  with pytest.raises(JaxlmError, match='give its source, too'):
+    loaded('span', 'encoder_decoder').attention(tokens)
 
 
 def test_memory_and_row_of_packed_documents_are_those_of_each_alone():

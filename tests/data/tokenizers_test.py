@@ -148,6 +148,15 @@ def test_roles_are_added_behind_the_vocabulary_and_text_is_encoded_as_before(tok
   assert all(more.encode(text) == tokenizer.encode(text) for text in [*NASTY, '<extra_id_0> [MASK] <sop>'])
 
 
+def test_names_of_special_tokens_are_read_where_they_are_asked_for(tokenizer):
+  more = tokenizer.with_roles(['mask'])
+  mask = more.vocab.mask
+  found = more.encode('def[MASK]return', special=True)
+  assert found.count(mask) == 1 and more.decode(found[:found.index(mask)]).strip() == 'def'
+  assert mask in more.encode_prompt('a [MASK] b ', special=True)[0]
+  assert mask not in more.encode('def[MASK]return') and mask not in more.encode_prompt('a [MASK] b ')[0]
+
+
 def test_added_roles_are_saved_and_found_again(tokenizer, tmp_path):
   more = tokenizer.with_roles(ASKED)
   more.save(tmp_path)
