@@ -1,6 +1,6 @@
-"""DeepSeek-V3, 671B: eval loss not measured at this size; laptop: not measured yet.
+"""DeepSeek-V3, 671B: eval loss not measured at this size.
 
-  python -m jaxlm.main --config=experiments/deepseek_v3.py:laptop
+  python -m jaxlm.main --config=experiments/deepseek_v3.py:laptop  # 200 steps: 2.270 bits a byte (gzip -9: 2.218)
   python -m jaxlm.main --config=experiments/deepseek_v3.py:size=671b --config.data.paths=corpus/*.jsonl.zst
   python -m jaxlm.main --config=experiments/deepseek_v3.py:smoke
 

@@ -1,6 +1,6 @@
-"""ERNIE 1.0 to 3.0, phrases masked whole: eval loss not measured at this size; laptop: not measured yet.
+"""ERNIE 1.0 to 3.0, phrases masked whole: eval loss not measured at this size.
 
-  python -m jaxlm.main --config=experiments/ernie.py:laptop
+  python -m jaxlm.main --config=experiments/ernie.py:laptop  # 200 steps: 6.56 nats a predicted token, 66% of labels
   python -m jaxlm.main --config=experiments/ernie.py:size=1.0-base --config.data.paths=corpus/*.jsonl.zst
   python -m jaxlm.main --config=experiments/ernie.py:smoke
 

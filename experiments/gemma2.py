@@ -1,6 +1,6 @@
-"""Gemma 2, 2B to 27B: eval loss not measured at this size; laptop: not measured yet.
+"""Gemma 2, 2B to 27B: eval loss not measured at this size.
 
-  python -m jaxlm.main --config=experiments/gemma2.py:laptop
+  python -m jaxlm.main --config=experiments/gemma2.py:laptop  # 200 steps: 2.398 bits a byte (gzip -9: 2.218)
   python -m jaxlm.main --config=experiments/gemma2.py:size=9b --config.data.paths=corpus/*.jsonl.zst
   python -m jaxlm.main --config=experiments/gemma2.py:smoke
 

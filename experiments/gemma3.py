@@ -1,6 +1,6 @@
-"""Gemma 3, text, 270M to 27B: eval loss not measured at this size; laptop: not measured yet.
+"""Gemma 3, text, 270M to 27B: eval loss not measured at this size.
 
-  python -m jaxlm.main --config=experiments/gemma3.py:laptop
+  python -m jaxlm.main --config=experiments/gemma3.py:laptop  # 200 steps: 2.394 bits a byte (gzip -9: 2.218)
   python -m jaxlm.main --config=experiments/gemma3.py:size=4b --config.data.paths=corpus/*.jsonl.zst
   python -m jaxlm.main --config=experiments/gemma3.py:smoke
 

@@ -1,6 +1,6 @@
-"""GLM, 110M to 10B, and GLM-130B, by their papers: eval loss not measured at this size; laptop: not measured yet.
+"""GLM, 110M to 10B, and GLM-130B, by their papers: eval loss not measured at this size.
 
-  python -m jaxlm.main --config=experiments/glm.py:laptop
+  python -m jaxlm.main --config=experiments/glm.py:laptop  # 200 steps: 5.65 nats a predicted token
   python -m jaxlm.main --config=experiments/glm.py:size=130b --config.data.paths=corpus/*.jsonl.zst
   python -m jaxlm.main --config=experiments/glm.py:smoke
 

@@ -1,6 +1,6 @@
-"""GPT-1 117M: eval loss not measured at this size; laptop: not measured yet.
+"""GPT-1 117M: eval loss not measured at this size.
 
-  python -m jaxlm.main --config=experiments/gpt1.py:laptop
+  python -m jaxlm.main --config=experiments/gpt1.py:laptop  # 200 steps: 2.840 bits a byte (gzip -9: 2.218)
   python -m jaxlm.main --config=experiments/gpt1.py --config.data.paths=books/*.jsonl.zst
   python -m jaxlm.main --config=experiments/gpt1.py:smoke
 

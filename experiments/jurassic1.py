@@ -1,6 +1,6 @@
-"""Jurassic-1 by its paper, 7.5B to 178B: eval loss not measured at this size; laptop: not measured yet.
+"""Jurassic-1 by its paper, 7.5B to 178B: eval loss not measured at this size.
 
-  python -m jaxlm.main --config=experiments/jurassic1.py:laptop
+  python -m jaxlm.main --config=experiments/jurassic1.py:laptop  # 200 steps: 2.688 bits a byte (gzip -9: 2.218)
   python -m jaxlm.main --config=experiments/jurassic1.py:size=large-7.5b --config.data.paths=corpus/*.jsonl.zst
   python -m jaxlm.main --config=experiments/jurassic1.py:smoke
 

@@ -1,6 +1,6 @@
-"""Mistral 7B and NeMo 12B: eval loss not measured at this size; laptop: not measured yet.
+"""Mistral 7B and NeMo 12B: eval loss not measured at this size.
 
-  python -m jaxlm.main --config=experiments/mistral.py:laptop
+  python -m jaxlm.main --config=experiments/mistral.py:laptop  # 200 steps: 2.546 bits a byte (gzip -9: 2.218)
   python -m jaxlm.main --config=experiments/mistral.py:size=7b --config.data.paths=corpus/*.jsonl.zst
   python -m jaxlm.main --config=experiments/mistral.py:smoke
 

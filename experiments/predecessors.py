@@ -4,13 +4,13 @@
     python -m jaxlm.main --config=experiments/predecessors.py:cell=$cell --workdir=runs/predecessors-$cell
   done
 
-Result, bits a held-out byte where `gzip -9` needs 2.059: rnn 1.740, gru 1.653, lstm 1.666, mlstm 1.640, attention 1.728;
-13 minutes each on one core. Each run tells eval/heldout/loss_after_1, _2, _4, …: the loss by how many tokens stand before
-the target. What attention lacks to the LSTM is 0.46 nats after 4 to 7 tokens and 0.10 after 128 to 255 (the table is
-in BUILD_NOTES.md): on 2.5 million tokens recurrence learns first, and what more context gives it ends first.
-notebooks/03_predecessors.ipynb draws them together. All have two layers with a skip path around each, the same 2,048
-pieces, rows, optimizer and steps, and 1.30 million parameters within 1%, embeddings included: what a cell saves in
-gates it has in width. Sources: Elman 1990; Cho et al. 2014, arXiv:1406.1078; Hochreiter and Schmidhuber 1997;
+Result, bits a held-out byte where `gzip -9` needs 2.059: rnn 1.740, gru 1.653, lstm 1.666, mlstm 1.640, attention
+1.728; 13 minutes each on one core. Each run tells eval/heldout/loss_after_1, _2, _4, …: the loss by how many tokens
+stand before the target. What attention lacks to the LSTM is 0.46 nats after 4 to 7 tokens and 0.10 after 128 to 255
+(the table is in BUILD_NOTES.md): on 2.5 million tokens recurrence learns first, and what more context gives it ends
+first. notebooks/03_predecessors.ipynb draws them together. All have two layers with a skip path around each, the same
+2,048 pieces, rows, optimizer and steps, and 1.30 million parameters within 1%, embeddings included: what a cell saves
+in gates it has in width. Sources: Elman 1990; Cho et al. 2014, arXiv:1406.1078; Hochreiter and Schmidhuber 1997;
 Krause et al. 2016, arXiv:1609.07959; Vaswani et al. 2017, arXiv:1706.03762.
 """
 from jaxlm import config as base
