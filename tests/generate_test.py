@@ -42,7 +42,7 @@ def test_prompts_are_printed_with_their_continuations(fake, capsys, tmp_path):
   assert (code, capsys.readouterr().out) == (0, f'one!\n{dashes}\ntwo!\n{dashes}\nfrom a file\n!\n')
   assert fake.calls == [(['one', 'two', 'from a file\n'], dict(
       max_new_tokens=5, temperature=0.5, top_k=3, top_p=0.9, repetition_penalty=1.1, seed=7, stop=['x', 'y'],
-      num_beams=1, length_penalty=1.0))]
+      num_beams=1, length_penalty=1.0, special=False))]
 
 
 @pytest.mark.parametrize('flags, line', [

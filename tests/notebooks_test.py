@@ -7,7 +7,8 @@ NOTEBOOKS = sorted((pathlib.Path(__file__).parents[1] / 'notebooks').glob('*.ipy
 
 
 @pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda path: path.stem)
-def test_notebook_runs(path, tmp_path):
+def test_notebook_runs(path, tmp_path, monkeypatch):
+  monkeypatch.setenv('XLA_FLAGS', '--xla_force_host_platform_device_count=8')  # they train: programs shall be fast
   nbformat, nbclient = pytest.importorskip('nbformat'), pytest.importorskip('nbclient')
   pytest.importorskip('matplotlib')
   notebook, resources = nbformat.read(path, 4), {'metadata': {'path': tmp_path}}
