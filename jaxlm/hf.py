@@ -237,9 +237,6 @@ def load_folder(path: str | os.PathLike) -> Folder:
   weights = source.weights if source else transfer.renamed(family, read_weights(path))
   _bounded(hf, len(weights))
   overrides = _overrides(family, family.settled(hf, weights) if hasattr(family, 'settled') else hf, architecture)
-  layers = overrides['num_layers']
-  if not overrides.get('share_layers') and layers > len(weights):
-    raise JaxlmError(f'config.json says {layers} layers; the weights hold {len(weights)} tensors.')
   values = base.resolved(base.default())
   values['model'] = whole_model(overrides)
   structure = values['model']['structure']

@@ -42,7 +42,8 @@ TEMPLATES = (
     ('final_norm/bias', 'model.norm.bias', 'd -> d'),
 )
 
-KEYS = dict(
+RENAMED_KEYS = {'rms_norm_eps': 'norm_epsilon', 'attention_bias': 'use_bias', 'mlp_bias': 'use_bias'}  # Llama's, here
+KEYS = {key: known for key, known in llamas.KEYS.items() if key not in RENAMED_KEYS} | dict(
     vocab_size=(int, 49_152), hidden_size=(int, 3072), intermediate_size=(int, 12_288), num_hidden_layers=(int, 30),
     num_attention_heads=(int, 24), num_key_value_heads=(int, 2), hidden_act=(str, 'gelu_pytorch_tanh'),
     max_position_embeddings=(int, 4096), norm_epsilon=(float, 1e-5), sliding_window=(int, None),
@@ -53,29 +54,15 @@ FIXED = dict(mlp_type='default', norm_type='layer_norm')  # of its first folders
 def from_hf(given: Mapping[str, Any]) -> dict[str, Any]:
   """Overrides of config.model for a config.json."""
   hf = keys.read(given, KEYS, FIXED, keys.ROPE)
-  width, num_heads, bias = hf['hidden_size'], hf['num_attention_heads'], hf['use_bias']
-  head_dim = keys.heads('hidden_size', width, 'num_attention_heads', num_heads)
-  keys.heads('num_attention_heads', num_heads, 'num_key_value_heads', hf['num_key_value_heads'])
-  return BASE | dict(
-      width=width, num_layers=hf['num_hidden_layers'], vocab_size=hf['vocab_size'],
-      max_length=hf['max_position_embeddings'], tie_embeddings=hf['tie_word_embeddings'],
-      attention=BASE['attention'] | dict(num_heads=num_heads, num_kv_heads=hf['num_key_value_heads'],
-                                         head_dim=head_dim, bias=bias, out_bias=bias,
-                                         windows=(hf['sliding_window'] or 0,)),
-      mlp=BASE['mlp'] | dict(width=hf['intermediate_size'], bias=bias,
-                             activation=keys.activation('hidden_act', hf['hidden_act'])),
-      norm=BASE['norm'] | dict(eps=hf['norm_epsilon']),
-      positions=dict(kind='rope', rope=keys.rope(given, head_dim, hf['max_position_embeddings'])))
+  ours = llamas.from_hf(hf | {key: hf[name] for key, name in RENAMED_KEYS.items()}, given)
+  return ours | dict(
+      family=BASE['family'], norm=BASE['norm'] | dict(eps=hf['norm_epsilon']), mlp=ours['mlp'] | dict(gated=False),
+      attention=ours['attention'] | dict(windows=(hf['sliding_window'] or 0,)))
 
 
 def to_hf(model: Any) -> dict[str, Any]:
   """The config.json of a ModelConfig."""
-  attention = model.attention
-  return dict(
-      model_type=MODEL_TYPE, vocab_size=model.vocab_size, hidden_size=model.width, intermediate_size=model.mlp.width,
-      num_hidden_layers=model.num_layers, num_attention_heads=attention.num_heads,
-      num_key_value_heads=attention.num_kv_heads, hidden_act=keys.their_activation(model.mlp.activation),
-      max_position_embeddings=model.max_length, norm_epsilon=model.norm.eps, use_bias=attention.bias,
-      sliding_window=keys.their_window(model), tie_word_embeddings=model.tie_embeddings,
-      initializer_range=model.init.std, attention_dropout=attention.dropout, residual_dropout=model.dropout,
-      embedding_dropout=model.dropout, **keys.their_rope(model.positions.rope))
+  theirs = llamas.to_hf(model, MODEL_TYPE)
+  return {key: value for key, value in theirs.items() if key not in ('head_dim', *RENAMED_KEYS)} | dict(
+      norm_epsilon=model.norm.eps, use_bias=model.attention.bias, sliding_window=keys.their_window(model),
+      residual_dropout=model.dropout, embedding_dropout=model.dropout)
