@@ -4,7 +4,7 @@
 def __getattr__(name: str):
   """Offers `load` and `run`; imported on first use, so that `import jaxlm` stays instant."""
   if name == 'load':
-    from jaxlm.lm import load
+    from jaxlm.loading import load
     return load
   if name == 'run':
     from jaxlm.train import run

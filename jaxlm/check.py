@@ -11,7 +11,7 @@ from jaxlm import optim
 from jaxlm.data import plans, sources, store, tokenizers
 from jaxlm.families import table
 from jaxlm.lookup import lookup
-from jaxlm.models import kernels, layers, positions, transformer
+from jaxlm.models import kernels, layers, positions, stack
 from jaxlm.sharding import MESH_AXES
 from jaxlm.types import JaxlmError
 
@@ -24,9 +24,9 @@ NAMED = {
     'model.mlp.activation': (layers.ACTIVATIONS, 'activation'),
     'model.positions.kind': (positions.POSITIONS, 'kind of positions'),
     'model.positions.rope.scaling': (positions.ROPE_SCALINGS, 'rope scaling'),
-    'model.mixer': (transformer.MIXERS, 'mixer'),
+    'model.mixer': (stack.MIXERS, 'mixer'),
     'model.family': ({'custom': None, **table.FAMILIES}, 'family'),
-    'model.remat': (transformer.REMAT, 'remat policy'),
+    'model.remat': (stack.REMAT, 'remat policy'),
     'data.packing': (plans.PLANNERS, 'packing'),
     'data.source': (sources.SOURCES, 'source'),
 }
@@ -111,10 +111,10 @@ def _model(config: ConfigDict) -> Iterator[str]:
   if rope.scaling == 'llama3' and rope.low_freq_factor >= rope.high_freq_factor:
     yield (f'config.model.positions.rope: low_freq_factor={rope.low_freq_factor} must be below '
            f'high_freq_factor={rope.high_freq_factor}.')
-  unknown = set(model.remat_names) - set(transformer.REMAT_NAMES)
+  unknown = set(model.remat_names) - set(stack.REMAT_NAMES)
   if unknown:
     yield (f'config.model.remat_names: unknown {", ".join(sorted(map(repr, unknown)))}. '
-           f'Known: {", ".join(transformer.REMAT_NAMES)}.')
+           f'Known: {", ".join(stack.REMAT_NAMES)}.')
 
 
 def _positions(config: ConfigDict) -> Iterator[str]:

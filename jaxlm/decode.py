@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlm.models.config import ModelConfig
-from jaxlm.models.transformer import BlockCache, Transformer, init_cache, unstack
+from jaxlm.models.stack import BlockCache, init_cache, unstack
+from jaxlm.models.transformer import Transformer
 from jaxlm.sampling import Program, Sampling, bucket, choose, ends, penalised, sampling_numbers, specialised
 from jaxlm.types import Array, Ids, JaxlmError, Prompt, Tree
 

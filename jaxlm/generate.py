@@ -8,7 +8,7 @@ Prints each prompt with its continuation; several are separated by a line of das
 """
 from absl import flags
 
-from jaxlm import lm, programs
+from jaxlm import loading, programs
 from jaxlm.types import JaxlmError
 
 _MODEL = flags.DEFINE_string('model', None, 'A run directory, a Hugging Face folder, or a GGUF file.')
@@ -41,7 +41,7 @@ def main(argv: list[str]) -> None:
   if not prompts:
     raise JaxlmError('There is nothing to continue; give --prompt=TEXT or --prompt_file=FILE (--prompt= begins a '
                      'text).')
-  model = lm.load(_MODEL.value, dtype=_DTYPE.value)
+  model = loading.load(_MODEL.value, dtype=_DTYPE.value)
   max_new_tokens = _MAX_NEW_TOKENS.value
   if max_new_tokens is None:
     max_new_tokens = min(64, model.room(prompts))

@@ -15,7 +15,8 @@ from jaxlm import config as base
 from jaxlm import sharding, trees
 from jaxlm.families import bijections
 from jaxlm.models.config import ModelConfig
-from jaxlm.models.transformer import Transformer, unstack
+from jaxlm.models.stack import unstack
+from jaxlm.models.transformer import Transformer
 from jaxlm.types import JaxlmError, Tree
 from jaxlm.weights import DTYPES, Tensor, Weights, cast, listed, same
 

@@ -16,7 +16,7 @@ from jaxlm.checkpoint import Checkpoints
 from jaxlm.data import tokenizers
 from jaxlm.families import gpt2, llama
 from jaxlm.models.config import freeze
-from jaxlm.models.transformer import unstack
+from jaxlm.models.stack import unstack
 
 HF = dict(model_type='llama', architectures=['LlamaForCausalLM'], vocab_size=258, hidden_size=48, intermediate_size=70,
           num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, head_dim=8, max_position_embeddings=64,

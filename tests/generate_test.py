@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from absl.testing import flagsaver
 
-from jaxlm import generate, lm, programs
+from jaxlm import generate, loading, programs
 
 
 class FakeLM:
@@ -24,7 +24,7 @@ class FakeLM:
 @pytest.fixture
 def fake(monkeypatch):
   model = FakeLM()
-  monkeypatch.setattr(lm, 'load', lambda path, dtype=None: model)
+  monkeypatch.setattr(loading, 'load', lambda path, dtype=None: model)
   return model
 
 

@@ -14,7 +14,8 @@ from jaxlm import hf, sharding, transfer, trees, weights
 from jaxlm.data import tokenizers
 from jaxlm.families import gpt2, llama
 from jaxlm.models.config import freeze
-from jaxlm.models.transformer import Transformer, init_cache
+from jaxlm.models.stack import init_cache
+from jaxlm.models.transformer import Transformer
 from jaxlm.types import JaxlmError
 
 GPT2 = dict(model_type='gpt2', architectures=['GPT2LMHeadModel'], vocab_size=131, n_positions=64, n_embd=48, n_layer=3,

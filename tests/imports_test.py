@@ -16,9 +16,9 @@ rows masking spans orders middles pairs prompts objectives
 data.words data.pieces data.tokenizers data.files data.tables data.tokenfiles data.sources data.shards data.mixtures
 data.store data.exports data.plans data.pipeline
 models.config models.layers models.positions models.kernels models.attention models.recurrent models.moe
-models.transformer models.cost
+models.stack models.transformer models.cost
 families.keys families.bijections families.* families.table
-losses optim metrics pictures seal checkpoint rundir sampling weights gguf transfer hf decode lm evaluators journal
+losses optim metrics pictures seal checkpoint rundir sampling weights gguf transfer hf decode lm loading evaluators journal
 check train programs
 generate main prepare bench convert
 """.split()

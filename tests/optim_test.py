@@ -7,7 +7,7 @@ import pytest
 
 from jaxlm import config as base
 from jaxlm import optim, sharding, train, trees
-from jaxlm.models.transformer import restack, unstack
+from jaxlm.models.stack import restack, unstack
 from jaxlm.sharding import Layout
 from jaxlm.types import JaxlmError
 

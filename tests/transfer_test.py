@@ -12,7 +12,8 @@ from jaxlm import config as base
 from jaxlm import hf, sharding, transfer, trees, weights
 from jaxlm.families import llama, table
 from jaxlm.models.config import freeze
-from jaxlm.models.transformer import Transformer, restack
+from jaxlm.models.stack import restack
+from jaxlm.models.transformer import Transformer
 from jaxlm.types import JaxlmError
 
 HF = dict(model_type='mixed', vocab_size=131, hidden_size=16, intermediate_size=24, num_hidden_layers=4,

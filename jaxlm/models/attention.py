@@ -15,7 +15,7 @@ from jaxlm.models.positions import Rotations, apply_rope, by_distance, distances
 from jaxlm.sharding import Layout
 from jaxlm.types import Array
 
-ATTENTION_SITE, CROSS_SITE = 0, 1  # of dropout; transformer.py numbers the others
+ATTENTION_SITE, CROSS_SITE = 0, 1  # of dropout; stack.py numbers the others
 
 
 @flax.struct.dataclass

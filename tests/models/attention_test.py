@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from jaxlm.models.attention import Tokens, _write
-from jaxlm.models.transformer import init_cache, unstack
+from jaxlm.models.stack import init_cache, unstack
 
 # float32 sums in another order, logits of about 3; measured max 2.5e-6.
 ATOL = 1e-5

@@ -11,7 +11,7 @@ from jaxlm import trees
 from jaxlm.models.attention import Attention, Context, Tokens
 from jaxlm.models.kernels import Visibility, blockwise, dense
 from jaxlm.models.positions import rope_tables
-from jaxlm.models.transformer import init_cache, unstack
+from jaxlm.models.stack import init_cache, unstack
 
 # float32 sums in another order, values of about 1; measured max 1e-6.
 ATOL = 1e-5

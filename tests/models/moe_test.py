@@ -11,7 +11,7 @@ import pytest
 from jaxlm import config as base
 from jaxlm import sharding, trees
 from jaxlm.models.moe import Moe, capacity, places
-from jaxlm.models.transformer import unstack
+from jaxlm.models.stack import unstack
 from jaxlm.types import JaxlmError
 
 # float32 sums in another order, answers of about 1; measured max 2e-6.

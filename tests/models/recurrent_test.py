@@ -14,8 +14,8 @@ from jaxlm import sharding
 from jaxlm.models import recurrent
 from jaxlm.models.attention import Context, Tokens
 from jaxlm.models.recurrent import CELLS, Recurrent, init_cache, starts
-from jaxlm.models.transformer import init_cache as model_cache
-from jaxlm.models.transformer import unstack
+from jaxlm.models.stack import init_cache as model_cache
+from jaxlm.models.stack import unstack
 from jaxlm.types import JaxlmError
 
 MIXERS = tuple(CELLS)

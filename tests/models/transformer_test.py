@@ -9,10 +9,11 @@ import pytest
 
 from jaxlm import trees
 from jaxlm.models import attention as attention_module
+from jaxlm.models import stack as stack_module
 from jaxlm.models import transformer as transformer_module
 from jaxlm.models.config import segments
 from jaxlm.models.positions import POSITIONS, alibi_slopes
-from jaxlm.models.transformer import restack, unstack
+from jaxlm.models.stack import restack, unstack
 from jaxlm.types import JaxlmError
 
 KINDS = tuple(POSITIONS)
@@ -281,8 +282,8 @@ def test_no_two_sites_layers_or_examples_share_a_dropout_key(model_of, params_of
     keys.extend(jax.vmap(lambda k: jax.random.key_data(jax.random.fold_in(k, site)))(keys_B).tolist())
     return x
 
-  monkeypatch.setattr(transformer_module, 'dropout', record)
-  monkeypatch.setattr(attention_module, 'dropout', record)
+  for module in (transformer_module, stack_module, attention_module):
+    monkeypatch.setattr(module, 'dropout', record)
   unrolled.apply({'params': layers}, {'tokens': jnp.zeros((3, 4), jnp.int32)}, rng=jax.random.key(0))
   assert len(keys) == 3 * (1 + 2 * 3)  # examples; embeddings, then attention, its branch and the MLP's in two layers
   assert len(set(map(tuple, keys))) == len(keys)
@@ -301,7 +302,7 @@ def test_remat_changes_no_gradient(remat, kernel, model_of, params_of):
   batch = {'tokens': jax.random.randint(jax.random.key(0), (2, 8), 0, 29)}
   plain = model_of(attention=_attention(kernel=kernel))
   params = params_of(plain)
-  kept = model_of(remat=remat, remat_names=transformer_module.REMAT_NAMES, attention=_attention(kernel=kernel))
+  kept = model_of(remat=remat, remat_names=stack_module.REMAT_NAMES, attention=_attention(kernel=kernel))
   for a, b in zip(*(jax.tree.leaves(jax.jit(_gradient(m))(params, batch)) for m in (kept, plain))):
     # Fusions may differ between a forward and a recomputed one; measured 0.
     np.testing.assert_allclose(a, b, atol=2e-6 * float(jnp.abs(b).max() + 1))
