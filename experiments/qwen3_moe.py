@@ -1,6 +1,6 @@
-"""Qwen3-30B-A3B and 235B-A22B: eval loss not measured at this size; laptop: not measured yet.
+"""Qwen3-30B-A3B and 235B-A22B: eval loss not measured at this size.
 
-  python -m jaxlm.main --config=experiments/qwen3_moe.py:laptop
+  python -m jaxlm.main --config=experiments/qwen3_moe.py:laptop  # 200 steps: 2.520 bits a byte (gzip -9: 2.218)
   python -m jaxlm.main --config=experiments/qwen3_moe.py:size=30b-a3b --config.data.paths=corpus/*.jsonl.zst
   python -m jaxlm.main --config=experiments/qwen3_moe.py:smoke
 

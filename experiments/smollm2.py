@@ -1,6 +1,6 @@
-"""SmolLM2, 135M to 1.7B: eval loss not measured at this size; laptop: not measured yet.
+"""SmolLM2, 135M to 1.7B: eval loss not measured at this size.
 
-  python -m jaxlm.main --config=experiments/smollm2.py:laptop
+  python -m jaxlm.main --config=experiments/smollm2.py:laptop  # 200 steps: 2.248 bits a byte (gzip -9: 2.218)
   python -m jaxlm.main --config=experiments/smollm2.py:size=135m --config.data.paths=corpus/*.jsonl.zst
   python -m jaxlm.main --config=experiments/smollm2.py:smoke
 
