@@ -169,7 +169,8 @@ def memory(rounds: int) -> Iterator[Line]:
   import jax
   import jax.numpy as jnp
   import numpy as np
-  from jaxlm.models.kernels import KERNELS, Visibility
+  from jaxlm.models.kernels import Visibility
+  from jaxlm.models.ring import KERNELS
   for name, kernel in KERNELS.items():
     sizes = {}
     for length in (4096, 8192, 16384):

@@ -11,7 +11,7 @@ from jaxlm import optim
 from jaxlm.data import plans, sources, store, tokenizers
 from jaxlm.families import table
 from jaxlm.lookup import lookup
-from jaxlm.models import kernels, layers, positions, stack
+from jaxlm.models import layers, positions, ring, stack
 from jaxlm.sharding import MESH_AXES
 from jaxlm.types import JaxlmError
 
@@ -20,7 +20,7 @@ NAMED = {
     'objective.name': (objectives.OBJECTIVES, 'objective'),
     'optim.name': (optim.OPTIMIZERS, 'optimizer'),
     'optim.schedule': (optim.SCHEDULES, 'schedule'),
-    'model.attention.kernel': (kernels.KERNELS, 'attention kernel'),
+    'model.attention.kernel': (ring.KERNELS, 'attention kernel'),
     'model.mlp.activation': (layers.ACTIVATIONS, 'activation'),
     'model.positions.kind': (positions.POSITIONS, 'kind of positions'),
     'model.positions.rope.scaling': (positions.ROPE_SCALINGS, 'rope scaling'),
@@ -154,10 +154,7 @@ def _training(config: ConfigDict) -> Iterator[str]:
         yield f'config.optim.{path}: {pattern!r} is not a regular expression: {e}.'
   if sum(1 for size in config.mesh.values() if size == -1) > 1:
     yield 'config.mesh: only one axis may be -1; got ' + ', '.join(a for a in MESH_AXES if config.mesh[a] == -1) + '.'
-  for axis in ('pipe', 'expert'):
-    if config.mesh[axis] != 1:
-      yield (f'config.mesh.{axis}={config.mesh[axis]}: no part of this model is split over {axis}, so its devices '
-             'would repeat the same work; set it to 1.')
+  yield from _parallel(config)
   for key in ('resume', 'init_from'):
     path = config.checkpoint[key]
     if path and not os.path.isdir(path):
@@ -165,6 +162,30 @@ def _training(config: ConfigDict) -> Iterator[str]:
   if config.checkpoint.resume and config.checkpoint.init_from:
     yield ('config.checkpoint: resume and init_from are both set; resume continues a run, init_from only takes its '
            'weights.')
+
+
+def _parallel(config: ConfigDict) -> Iterator[str]:
+  """What cannot be spread over an axis of the mesh; -1 may become any size."""
+  model, mesh = config.model, config.mesh
+  if mesh.expert != 1 and not model.moe.num_experts:
+    yield (f'config.mesh.expert={mesh.expert}: the model has no experts to split over it; set it to 1, or '
+           'config.model.moe.num_experts.')
+  if mesh.seq != 1:
+    if model.mixer != 'attention':
+      yield f'config.mesh.seq={mesh.seq}: a {model.mixer} reads a token after the other; set it to 1.'
+    if model.attention.dropout:
+      yield (f'config.mesh.seq={mesh.seq}: attention probabilities cannot be dropped where lengths are split; set '
+             'config.model.attention.dropout to 0.')
+    if model.moe.num_experts and model.moe.mode == 'capacity':
+      yield (f"config.mesh.seq={mesh.seq}: a mixture's capacity is counted over whole rows; set config.model.moe.mode "
+             "to 'dropless', or the axis to 1.")
+  if mesh.pipe != 1:
+    if not model.scan:
+      yield f'config.mesh.pipe={mesh.pipe}: stages are stacked layers; set config.model.scan to True.'
+    if model.share_layers:
+      yield f'config.mesh.pipe={mesh.pipe}: config.model.share_layers leaves one layer, no stages; set one of them back.'
+    if config.objective.name == 'permutation' and config.objective.permutation.memory:
+      yield (f'config.mesh.pipe={mesh.pipe}: a pipeline keeps no memory; set config.objective.permutation.memory to 0.')
 
 
 def _data(config: ConfigDict) -> Iterator[str]:

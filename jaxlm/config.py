@@ -4,6 +4,7 @@ The keys themselves, with units, reasons and ranges, stand in schema.py.
 """
 import ast
 import dataclasses
+import importlib.util
 import json
 import math
 from typing import Any, Iterator, Mapping
@@ -111,6 +112,35 @@ def _shrunk(config: ConfigDict, width: int, num_heads: int, num_layers: int) -> 
   config.optim.update(warmup_steps=min(config.optim.warmup_steps, config.steps // 2))
   follow(config, 'optim.total_steps', 'model.max_length', 'model.positions.rope.original_length', 'eval.batch_size')
   return config
+
+
+def lay(config: ConfigDict, optimizer: tuple[tuple[str, Any], ...] | None = None, **rules: Any) -> ConfigDict:
+  """Changes where logical axes go: `lay(config, act_stream=('seq', 'tensor'))` is Megatron's sequence parallelism.
+
+  Args:
+    optimizer: sharding.optimizer_rules.
+    **rules: logical axis -> mesh axis, tuple of them, or None, in the place of its first rule.
+  Raises:
+    JaxlmError: no such logical axis.
+  """
+  known = [axis for axis, _ in config.sharding.rules]
+  for axis in rules:
+    if axis not in known:
+      raise JaxlmError(f'Unknown logical axis {axis!r}. Known: {", ".join(dict.fromkeys(known))}.{nearest(axis, known)}')
+  changed = [(axis, rules[axis] if axis in rules and axis not in known[:i] else to)
+             for i, (axis, to) in enumerate(config.sharding.rules)]
+  config.sharding.rules = tuple(changed)
+  if optimizer is not None:
+    config.sharding.optimizer_rules = optimizer
+  return config
+
+
+def experiment(file: str, arg: str | None = None) -> ConfigDict:
+  """The config of another experiment's file, for one that says only what differs from it."""
+  spec = importlib.util.spec_from_file_location('recipe', file)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module.get_config(arg)
 
 
 # ---- an experiment's argument ------------------------------------------------------------------------------------

@@ -74,13 +74,13 @@ def unrolled(model: Transformer, params: Tree) -> tuple[Transformer, Tree]:
   """The model that decodes, a layer after the other, and its parameters; what trains scans over layers stacked."""
   config = dataclasses.replace(model.config, scan=False, remat='none')
   # One token has no length to split.
-  rules = tuple((logical, None if logical == 'act_length' else axes) for logical, axes in model.layout.rules)
+  rules = tuple((logical, None if logical in ('act_length', 'act_stream') else axes) for logical, axes in model.layout.rules)
   if model.config.scan:
-    params = _unstack(params, config)
+    params = _unstack(params, config, model.layout)
   return Transformer(config, dataclasses.replace(model.layout, rules=rules)), params
 
 
-_unstack = jax.jit(unstack, static_argnames='config')
+_unstack = jax.jit(unstack, static_argnames=('config', 'layout'))
 
 
 def check_tokens(tokens: np.ndarray, vocab_size: int, what: str) -> None:

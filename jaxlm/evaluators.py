@@ -2,7 +2,7 @@
 import collections
 import functools
 import math
-from typing import Any, Iterator, Sequence
+from typing import Any, Callable, Iterator, Sequence
 
 import jax
 
@@ -36,10 +36,11 @@ class Evaluators:
     objective: as in training.
     tokenizer: for samples.
     loss_fn: as in training, (params, batch, rng) -> (sum, sums and counts).
+    arrange: what a batch's columns go through before they are placed.
   """
 
   def __init__(self, config: Any, model: Transformer, stores: Sequence[Any], objective: Any, tokenizer: Any,
-               loss_fn: Any):
+               loss_fn: Any, arrange: Callable[[dict[str, Any]], dict[str, Any]] = lambda batch: batch):
     self._config, self._model, self._tokenizer = config, model, tokenizer
     self._layout, self._size = model.layout, config.eval.batch_size
     shape = (self._size, config.seq_len)
@@ -50,9 +51,9 @@ class Evaluators:
     if config.eval.by_context and objective.covers:
       by_context = functools.partial(losses.loss_by_context, model, losses.vocabulary_of(model, config.loss))
     self._step = measure_step(loss_fn, by_context)
-    self._prompt = objective.prompt
+    self._prompt, self._arrange = objective.prompt, arrange
 
-  def measure(self, params: Tree) -> dict[str, float]:
+  def measure(self, params: Tree, going_on: Callable[[], None] = lambda: None) -> dict[str, float]:
     """eval/<name>/loss (nats a target), perplexity, accuracy, and whatever else the loss tells.
 
     Where the objective predicts every token of a text once, also bits_per_byte and gzip_bits_per_byte, and with
@@ -64,8 +65,10 @@ class Evaluators:
       sums: collections.Counter = collections.Counter()
       bytes_ = collections.Counter(bytes=heldout.text_bytes, gzip=heldout.gzip_bits_per_byte * heldout.text_bytes)
       for rows in heldout:
-        for name, parts in self._step(params, self._layout.place(rows, self._size, self._rows[0])).items():
+        placed = self._layout.place(self._arrange(rows), self._size, self._rows[0])
+        for name, parts in self._step(params, placed).items():
           sums.update({(name, i): float(part) for i, part in enumerate(parts)})
+        going_on()
       everything.update(sums)
       every_byte.update(bytes_)
       if len(self._heldout) > 1:

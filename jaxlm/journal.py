@@ -1,6 +1,6 @@
 """What a run tells of itself, and where it is."""
 import dataclasses
-from typing import Any
+from typing import Any, Callable
 
 import jax
 
@@ -92,14 +92,16 @@ class Journal:
     self.writer.advance(told.step)
     return told if bad and self.config.on_nonfinite != 'skip' else None
 
-  def measure(self, step: int, position: Position, state: TrainState, frozen: Tree) -> None:
-    """Evaluates and samples; not part of the training time."""
+  def measure(self, step: int, position: Position, state: TrainState, frozen: Tree,
+              going_on: Callable[[], None]) -> None:
+    """Evaluates and samples, calling `going_on` all the while; not part of the training time."""
     with self.meter.paused():
       params = state.params if state.ema is None else state.ema
       params = trees.combine(frozen, params) if frozen else params
-      self._write(step, position.examples, position, self.evaluators.measure(params))
+      self._write(step, position.examples, position, self.evaluators.measure(params, going_on))
       for prompt, text in self.evaluators.samples(params, step):
         self.writer.sample(step, prompt, text)
+      going_on()
 
   def back(self, step: int, position: Position) -> None:
     """After a rewind."""

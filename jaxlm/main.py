@@ -9,9 +9,8 @@ import os
 
 from absl import flags
 
-from jaxlm import check, programs
+from jaxlm import check, cluster, programs
 from jaxlm import config as config_module
-from jaxlm.types import JaxlmError
 
 programs.define_config()
 WORKDIR = flags.DEFINE_string('workdir', None, 'Run directory; runs/<experiment> with its arguments by default.')
@@ -19,22 +18,10 @@ ALLOW_CHANGE = flags.DEFINE_list('allow_change', [], 'What a resumed run may cha
                                  'optim, tokenizer, data, seed, batch_size, precision, …')
 PRINT_CONFIG = flags.DEFINE_bool('print_config', False, 'Print the resolved config and what differs from the default, '
                                  'and stop.')
-COORDINATOR = flags.DEFINE_string('coordinator', None, 'host:port of process 0, for a run of several processes.')
+COORDINATOR = flags.DEFINE_string('coordinator', None, 'host:port of process 0, for a run of several processes '
+                                 'whose launcher does not tell (Slurm, MPI, JobSet and TPU pods do).')
 NUM_PROCESSES = flags.DEFINE_integer('num_processes', None, 'How many processes there are.', lower_bound=1)
 PROCESS_ID = flags.DEFINE_integer('process_id', None, 'Which of them this is, from 0.', lower_bound=0)
-
-
-def _join() -> None:
-  """Joins the processes of one run."""
-  given = [COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value]
-  if all(value is None for value in given):
-    return
-  if None in given:
-    raise JaxlmError('--coordinator, --num_processes and --process_id go together; give all three or none.')
-  if PROCESS_ID.value >= NUM_PROCESSES.value:
-    raise JaxlmError(f'--process_id={PROCESS_ID.value} must be below --num_processes={NUM_PROCESSES.value}.')
-  import jax
-  jax.distributed.initialize(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
 
 
 def main(argv: list[str]) -> None:
@@ -48,7 +35,7 @@ def main(argv: list[str]) -> None:
   check.validate(config)
   if PRINT_CONFIG.value:
     return
-  _join()
+  cluster.join(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value, config.heartbeat_s)
   from jaxlm import train  # after joining: nothing may touch a device before
   last = train.run(config, WORKDIR.value or os.path.join('runs', programs.experiment_name()), ALLOW_CHANGE.value)
   loss, gzip = (last.get(f'eval/heldout/{name}bits_per_byte') for name in ('', 'gzip_'))

@@ -11,19 +11,7 @@ import jax
 import jax.numpy as jnp
 from tqdm.auto import tqdm
 
-# Dense peak of one device in the compute dtype, FLOP/s, by the start of `device_kind`; the vendors' data sheets.
-PEAK_FLOPS = {
-    'NVIDIA H200': {'bfloat16': 989e12, 'float32': 67e12},
-    'NVIDIA H100 PCIe': {'bfloat16': 756e12, 'float32': 51e12},
-    'NVIDIA H100': {'bfloat16': 989e12, 'float32': 67e12},
-    'NVIDIA A100': {'bfloat16': 312e12, 'float32': 19.5e12},
-    'Tesla V100': {'float16': 125e12, 'float32': 15.7e12},
-    'TPU v4': {'bfloat16': 275e12},
-    'TPU v5 lite': {'bfloat16': 197e12},
-    'TPU v5': {'bfloat16': 459e12},
-    'TPU v6 lite': {'bfloat16': 918e12},
-}
-
+from jaxlm import hardware
 
 def peak_flops(devices, dtype: str) -> tuple[float, str]:
   """(FLOP/s of all devices together, where the number is from).
@@ -32,9 +20,9 @@ def peak_flops(devices, dtype: str) -> tuple[float, str]:
   its simulated devices share the same cores. 0 where nothing is known.
   """
   kind = devices[0].device_kind
-  for name, peaks in sorted(PEAK_FLOPS.items(), key=lambda item: -len(item[0])):
-    if kind.startswith(name) and dtype in peaks:
-      return peaks[dtype] * len(devices), f'{name} data sheet, {dtype}'
+  name, row = hardware.of_device(kind) or (kind, None)
+  if row is not None and dtype in row.flops:
+    return row.flops[dtype] * len(devices), f'{name} data sheet, {dtype}'
   if devices[0].platform != 'cpu':
     return 0.0, f'unknown for {kind}'
   size = 1024

@@ -130,16 +130,24 @@ def _by_rules(rules, make: Callable[[float, Callable], optax.GradientTransformat
   return optax.chain(*[make(number, mask(number)) for number in numbers])
 
 
-def over_layers(tx: optax.GradientTransformation, axes: Axes) -> optax.GradientTransformation:
+STACKED = 'stacked_'  # and a number of layers: the key under which the state of parameters with so many stands
+
+
+def over_layers(tx: optax.GradientTransformation, axes: Axes, layers: Mapping[str, int] | None = None) -> optax.GradientTransformation:
   """`tx` applied to each layer of stacked parameters as if it stood alone.
 
   Optimizers with statistics of a whole tensor (Adafactor, LAMB, LARS, NovoGrad, Muon) would mix layers otherwise.
+
+  Args:
+    axes: as in `make`.
+    layers: of each stacked parameter, by path, where its first dim says more (a pipeline rounds up); names the state.
   """
   def groups(tree: Tree) -> dict[str, Tree]:
     parts: dict[str, dict[str, Any]] = {}
     for path, leaf in trees.flatten(tree).items():
       stacked = axes[path][:1] == ('layers',)
-      parts.setdefault(f'stacked_{leaf.shape[0]}' if stacked else 'single', {})[path] = leaf
+      name = f'{STACKED}{(layers or {}).get(path, leaf.shape[0])}' if stacked else 'single'
+      parts.setdefault(name, {})[path] = leaf
     return {name: trees.unflatten(leaves) for name, leaves in sorted(parts.items())}
 
   def init(params):
@@ -156,12 +164,13 @@ def over_layers(tx: optax.GradientTransformation, axes: Axes) -> optax.GradientT
   return optax.GradientTransformation(init, update)
 
 
-def make(optim: Any, axes: Axes) -> optax.GradientTransformation:
+def make(optim: Any, axes: Axes, layers: Mapping[str, int] | None = None) -> optax.GradientTransformation:
   """The optimizer of a config: clip, direction, decay, rate by rules, schedule.
 
   Args:
     optim: the `optim` part of a config.
     axes: logical axes of each trainable parameter, by path; 'layers' first marks stacked ones.
+    layers: as in `over_layers`.
   """
   decay = optax.identity()
   if optim.weight_decay:
@@ -169,7 +178,7 @@ def make(optim: Any, axes: Axes) -> optax.GradientTransformation:
                       if times else optax.identity())
   direction = lookup(OPTIMIZERS, optim.name, 'optimizer')(getattr(optim, optim.name, optim), decay, axes)
   rates = optim.lr_rules
-  parts = [over_layers(direction, axes)]
+  parts = [over_layers(direction, axes, layers)]
   if {number for _, number in rates} != {1.0}:
     parts.append(_by_rules(rates, lambda times, mask: optax.masked(optax.scale(times), mask)))
   parts.append(optax.scale_by_learning_rate(schedule(optim)))

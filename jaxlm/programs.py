@@ -14,6 +14,7 @@ from typing import Callable
 from absl import flags
 from ml_collections import ConfigDict
 
+from jaxlm import cluster
 from jaxlm import config as config_module
 from jaxlm.lookup import nearest
 from jaxlm.types import JaxlmError, Preempted, RunFailed
@@ -113,7 +114,7 @@ def experiment_name() -> str:
 
 def run(main: Callable[[list[str]], None], argv: list[str] | None = None) -> None:
   """Parses flags, runs `main`, exits; the last line of every program."""
-  sys.exit(outcome(main, sys.argv if argv is None else argv))
+  cluster.leave(outcome(main, sys.argv if argv is None else argv))
 
 
 def outcome(main: Callable[[list[str]], None], argv: list[str]) -> int:

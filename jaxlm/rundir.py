@@ -13,6 +13,7 @@ import jax
 from ml_collections import ConfigDict
 
 from jaxlm import config as config_module
+from jaxlm import sharding
 from jaxlm.lookup import nearest
 from jaxlm.types import JaxlmError
 
@@ -20,8 +21,8 @@ FORMAT = 1
 PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'ml-collections', 'tokenizers', 'numpy')
 
 # What a resumed run may change freely: periods, layout, how and where, but not what is learned from what.
-FREE = (r'steps|optim\.total_steps|\w+_every|tensorboard|on_nonfinite|max_rewinds|accumulation|loss\.chunk',
-        r'(mesh|sharding|eval|checkpoint)\..*', r'data\.(paths|store|workers|prefetch)',
+FREE = (r'steps|optim\.total_steps|\w+_every|tensorboard|heartbeat_s|watchdog_s|compiler_options|on_nonfinite|max_rewinds|accumulation|loss\.chunk',
+        r'(mesh|sharding|pipeline|eval|checkpoint)\..*', r'data\.(paths|store|workers|prefetch)',
         r'model\.(remat|remat_names|attention\.kernel|attention\.block)')
 
 
@@ -31,6 +32,25 @@ def group(key: str) -> str:
 
 
 GROUPS = tuple(dict.fromkeys(group(key) for key in config_module.KEYS))
+
+
+# Keys that came later: a run that does not have them means their defaults.
+LATER = ('heartbeat_s', 'watchdog_s', 'compiler_options', 'pipeline.microbatches', 'pipeline.repeats', 'sharding.optimizer_rules',
+         'sharding.offload_optimizer')
+
+
+def completed(values: dict[str, Any]) -> ConfigDict:
+  """The config of a config.json, with what an earlier version did not know."""
+  for path in LATER:
+    *groups, last = path.split('.')
+    inside = values
+    for name in groups:
+      inside = inside.setdefault(name, {})
+    inside.setdefault(last, config_module.KEYS[path].value)
+  rules = values.get('sharding', {}).get('rules', [])
+  known = {axis for axis, _ in rules}
+  rules += [rule for rule in config_module.KEYS['sharding.rules'].value if rule[0] not in known]
+  return config_module.from_plain(values)
 
 
 class RunDirectory:
@@ -51,7 +71,7 @@ class RunDirectory:
       if self.record.get('format', FORMAT) != FORMAT:
         raise JaxlmError(f'{self.path} has format {self.record["format"]}, this version reads {FORMAT}; '
                          'use the jaxlm that made it.')
-      self.config = config_module.from_plain(self._read('config.json'))
+      self.config = completed(self._read('config.json'))
     elif os.path.isdir(self._file('checkpoints')) and os.listdir(self._file('checkpoints')):
       raise JaxlmError(f'{self.path} has checkpoints but no config.json; put that back, or use another workdir.')
 
@@ -116,6 +136,7 @@ class RunDirectory:
       return
     start = {'time': time.strftime('%Y-%m-%dT%H:%M:%S%z'), 'argv': sys.argv, 'devices': [str(d) for d in jax.devices()],
              'processes': jax.process_count(), 'xla_flags': os.environ.get('XLA_FLAGS', ''),
+             'compiler_options': sharding.compiler_options(jax.devices()[0].platform, config.compiler_options),
              'versions': versions(), 'git_commit': git_commit(),
              'changes': {key: {'from': before, 'to': after} for key, (after, before) in changes.items()}}
     self.record = {'format': FORMAT, 'data_digest': data, 'tokenizer_digest': tokenizer,

@@ -104,6 +104,11 @@ def _share() -> Check:
   return Check('above 0 and below 1', lambda x: 0 < x < 1)
 
 
+def _rules() -> Check:
+  return pairs(lambda a, m: isinstance(a, str) and (m is None or isinstance(m, (str, tuple))),
+               '(logical axis, mesh axis)')
+
+
 def _masking(mask=0.8, random=0.1, whole_words=False, max_ngram=1) -> dict[str, Key]:
   """What objectives that hide tokens let one set."""
   return dict(
@@ -127,6 +132,12 @@ SCHEMA: dict[str, Any] = dict(
     log_every=Key(10, at_least(1)),                  # steps between lines in metrics.jsonl
     eval_every=Key(500, at_least(0)),                # steps between evaluations; 0: only after the last
     save_every=Key(500, at_least(0)),                # steps between checkpoints; 0: only after the last
+    heartbeat_s=Key(100.0, at_least(1.0)),           # of several processes: one that gives no sign so long is gone
+    watchdog_s=Key(3_600.0, at_least(0.0)),          # seconds without a step after which a run is given up; 0: never
+    compiler_options=Key((), Check('a tuple of (name, value) pairs of XLA options', lambda x: all(
+        isinstance(p, tuple) and len(p) == 2 and isinstance(p[0], str)
+        and isinstance(p[1], (str, bool, int, float, type(None))) for p in x))),  # beside, or instead of, those in
+    # sharding.OPTIONS; None takes one away
     tensorboard=Key(True, flag()),                   # also write metrics as TensorBoard events
     on_nonfinite=Key('stop', choice('stop', 'skip', 'rewind')),  # a loss or gradient that is not finite:
     # end the run, leave the update out, or go back to the last checkpoint and past the bad batches (PaLM)
@@ -151,7 +162,8 @@ SCHEMA: dict[str, Any] = dict(
         future_heads=Key(0, between(0, 16)),         # blocks that predict the 2nd, 3rd, … token ahead
         dropout=Key(0.0, fraction()),                # of embeddings and of each branch's output
         remat=Key('none', name()),                   # what the backward pass recomputes: none full dots names
-        remat_names=Key((), texts()),                # with "names": the checkpoint_name values that are kept
+        # offload (names, kept in the host's memory)
+        remat_names=Key((), texts()),                # of the two last: the checkpoint_name values that are kept
         scan=Key(True, flag()),                      # one compiled layer for all; False: a program a layer
         embedding=dict(
             width=Key(768, at_least(1), ref('model.width')),  # E; other than D, a projection stands between (ALBERT)
@@ -411,13 +423,22 @@ SCHEMA: dict[str, Any] = dict(
 
     sharding=dict(                                   # logical axis -> mesh axis, tuple of them, or None
         rules=Key((
-            ('act_batch', ('replica', 'data', 'fsdp')), ('act_length', 'seq'), ('act_embed', None),
-            ('act_heads', 'tensor'), ('act_mlp', 'tensor'), ('act_vocab', 'tensor'),
-            ('vocab', 'tensor'), ('embed', 'fsdp'), ('mlp', 'tensor'), ('heads', 'tensor'), ('kv_heads', 'tensor'),
-            ('head_dim', None), ('expert', 'expert'), ('layers', None), ('stage', 'pipe'),
-            ('mlp', 'fsdp'), ('head_dim', 'fsdp')),  # a second rule adds axes the array does not use: biases
-            pairs(lambda a, m: isinstance(a, str) and (m is None or isinstance(m, (str, tuple))),
-                  '(logical axis, mesh axis)')),
+            ('act_batch', ('replica', 'data', 'fsdp', 'expert')), ('act_length', 'seq'), ('act_stream', 'seq'),
+            ('act_embed', None),
+            ('act_heads', 'tensor'), ('act_mlp', 'tensor'), ('act_vocab', 'tensor'), ('act_vocab', 'pipe'),
+            ('vocab', 'tensor'), ('vocab', 'pipe'), ('embed', 'fsdp'), ('mlp', 'tensor'), ('heads', 'tensor'),
+            ('kv_heads', 'tensor'), ('head_dim', None), ('expert', 'expert'), ('layers', 'pipe'), ('mlp', 'fsdp'),
+            ('head_dim', 'fsdp')),  # a second rule adds axes the array does not use: biases
+            _rules()),
+        optimizer_rules=Key((), _rules()),           # more of them, for what the optimizer keeps and for gradients:
+        # (('embed', 'data'),) is ZeRO-1
+        offload_optimizer=Key(False, flag()),        # what the optimizer keeps lies in the host's memory between updates
+    ),
+
+    pipeline=dict(                                   # of mesh.pipe stages
+        microbatches=Key(0, at_least(0)),            # parts a batch (or what accumulation leaves of it) goes through in;
+        # 0: as many as there are stages
+        repeats=Key(1, at_least(1)),                 # times each goes round all stages: 1 is GPipe's schedule
     ),
 
     precision=dict(

@@ -1,11 +1,12 @@
 """Mesh and layout: logical axes of arrays become axes of a device mesh, by rules."""
 import dataclasses
 import math
-from typing import Any, Mapping, Sequence
+from typing import Any, Callable, Mapping, Sequence
 
 import flax.linen as nn
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxlm import trees
@@ -19,6 +20,7 @@ REMEDY = {
     'vocab': 'set config.model.vocab_pad_to to a multiple of it',
     'act_batch': 'set config.batch_size (and config.accumulation) so that each microbatch divides by it',
     'act_length': 'set config.seq_len to a multiple of it',
+    'act_stream': 'set config.seq_len to a multiple of it',
     'act_vocab': 'set config.model.vocab_pad_to to a multiple of it',
     'embed': 'set config.model.width to a multiple of it',
     'mlp': 'set config.model.mlp.width to a multiple of it',
@@ -61,7 +63,43 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) ->
   devices = jax.devices() if devices is None else devices
   filled = mesh_sizes(sizes, len(devices))
   # Auto: the default, Explicit, breaks linen's logical partitioning.
-  return jax.make_mesh(tuple(filled.values()), tuple(filled), (AxisType.Auto,) * len(filled), devices=devices)
+  types = (AxisType.Auto,) * len(filled)
+  slices = len({getattr(device, 'slice_index', 0) for device in devices})
+  if slices == 1:
+    return jax.make_mesh(tuple(filled.values()), tuple(filled), types, devices=devices)
+  between = _over_slices(filled, slices)
+  within = [filled[axis] // n for axis, n in between.items()]
+  return Mesh(mesh_utils.create_hybrid_device_mesh(within, list(between.values()), devices), tuple(filled),
+              axis_types=types)
+
+
+def _over_slices(sizes: Mapping[str, int], slices: int) -> dict[str, int]:
+  """How many parts of each axis lie in different slices, which a slower network joins: the outermost axes' first.
+
+  Raises:
+    JaxlmError: an axis would be cut so that its parts lie unevenly.
+  """
+  between, left = {}, slices
+  for axis, size in sizes.items():
+    between[axis] = math.gcd(size, left)
+    left //= between[axis]
+    if left > 1 and between[axis] < size:
+      raise JaxlmError(f'config.mesh: {slices} slices do not divide by {axis}={size} and the axes outside it; set '
+                       'config.mesh.replica to the number of slices.')
+  return between
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+  """How a batch goes through the stages of a pipeline.
+
+  Attributes:
+    microbatches: parts a batch is cut into; 0: as many as there are stages.
+    repeats: times each goes round all stages; 1 is GPipe's, more make stages of layers that are not neighbours
+      (interleaved, circular), and bubbles shorter.
+  """
+  microbatches: int = 0
+  repeats: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,6 +113,7 @@ class Layout:
   """
   mesh: Mesh
   rules: tuple[tuple[str, Any], ...]
+  schedule: Schedule = Schedule()
 
   def spec(self, axes: Sequence[str | None], shape: Sequence[int], name: str = 'array') -> PartitionSpec:
     """The partition of an array of `shape` whose dims have the logical `axes` (None: never split).
@@ -119,6 +158,26 @@ class Layout:
     """Pins an activation's layout; raises on an axis without a rule, where linen's would do nothing."""
     return jax.lax.with_sharding_constraint(x, self.sharding(axes, x.shape, 'activation'))
 
+  def by_device(self, local: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
+    """`local` as each device runs it on its part of the arrays."""
+    # A pipeline's axis stays XLA's: its stages are a dim that vmap adds.
+    manual = {axis for axis, size in self.mesh.shape.items() if axis != 'pipe' or size == 1}
+    return jax.shard_map(local, mesh=self.mesh, axis_names=manual, in_specs=in_specs, out_specs=out_specs)
+
+  def axes(self, logical: str) -> tuple[str, ...]:
+    """The mesh axes, of more than one device, that split a dim of this logical axis by its first rule."""
+    wanted = dict(reversed(self.rules)).get(logical) or ()
+    return tuple(a for a in ((wanted,) if isinstance(wanted, str) else wanted) if self.mesh.shape[a] > 1)
+
+  def parts(self, logical: str) -> int:
+    """Into how many parts such a dim is split."""
+    return math.prod(self.mesh.shape[a] for a in self.axes(logical))
+
+  @property
+  def platform(self) -> str:
+    """Of the devices: cpu, gpu or tpu."""
+    return self.mesh.devices.flat[0].platform
+
   @property
   def replicated(self) -> NamedSharding:
     return NamedSharding(self.mesh, PartitionSpec())
@@ -131,8 +190,7 @@ class Layout:
   @property
   def batch_parts(self) -> int:
     """Into how many parts rows are split: the smallest batch there can be."""
-    axes = dict(reversed(self.rules)).get('act_batch') or ()
-    return math.prod(self.mesh.shape[a] for a in ((axes,) if isinstance(axes, str) else axes))
+    return self.parts('act_batch')
 
   def host_rows(self, shape: Sequence[int]) -> tuple[int, int]:
     """(first, end) of the rows of a batch that this process's devices hold."""
@@ -151,10 +209,47 @@ class Layout:
     return {key: one(x) for key, x in rows.items()}
 
 
-def compiler_options(platform: str) -> dict[str, str]:
-  """XLA options of every compiled program, by platform."""
-  # On a CPU this fusion library costs a training step a tenth or more; '' turns it off.
-  return {'xla_cpu_experimental_ynn_fusion_type': ''} if platform == 'cpu' else {}
+def layout_of(config: Any, devices: Sequence[Any] | None = None) -> Layout:
+  """The layout that a config asks for, over these devices, or all there are."""
+  return Layout(make_mesh(config.mesh, devices), tuple(config.sharding.rules), Schedule(**config.pipeline.to_dict()))
+
+
+def axes_of(spec: PartitionSpec | Sequence[Any]) -> tuple[str, ...]:
+  """The mesh axes in a spec, or in a part of one."""
+  return tuple(axis for part in spec for axis in ((part,) if isinstance(part, str) else part or ()))
+
+
+HOST = 'pinned_host'  # the kind of memory that offloading uses
+
+# XLA options of every compiled program, by platform: what lets collectives run beside arithmetic.
+OPTIONS = {
+    # On a CPU this fusion library costs a training step a tenth or more; '' turns it off.
+    'cpu': {'xla_cpu_experimental_ynn_fusion_type': ''},
+    # Small collectives are sent together, up to so many bytes.
+    'gpu': {'xla_gpu_enable_latency_hiding_scheduler': True} | {
+        f'xla_gpu_{kind}_combine_threshold_bytes': 1 << 27 for kind in ('all_gather', 'all_reduce', 'reduce_scatter')},
+    'tpu': {f'xla_tpu_enable_async_collective_fusion{part}': True
+            for part in ('', '_fuse_all_gather', '_multiple_steps')} | {'xla_tpu_overlap_compute_collective_tc': True},
+}
+
+
+def compiler_options(platform: str, more: Sequence[tuple[str, Any]] = ()) -> dict[str, Any]:
+  """XLA options of a compiled program.
+
+  Args:
+    platform: of the devices, as JAX calls it.
+    more: pairs that come beside, or instead of, the platform's own; None as a value takes one away.
+  """
+  options = OPTIONS.get({'cuda': 'gpu', 'rocm': 'gpu'}.get(platform, platform), {}) | dict(more)
+  return {name: value for name, value in options.items() if value is not None}
+
+
+def check_host_memory(devices: Sequence[Any], what: str) -> None:
+  """Raises JaxlmError where a backend has no memory of the host's to offload to."""
+  kinds = [memory.kind for memory in devices[0].addressable_memories()]
+  if HOST not in kinds:
+    raise JaxlmError(f'{what} needs memory of kind {HOST!r}, and a {devices[0].platform} device has {", ".join(kinds)}; '
+                     'leave it off here.')
 
 
 def single(rules: Sequence[tuple[str, Any]]) -> Layout:

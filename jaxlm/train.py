@@ -1,5 +1,6 @@
 """Training: a state, a step, and the loop around it."""
 import dataclasses
+import functools
 import os
 import signal
 import threading
@@ -15,10 +16,11 @@ import optax
 from jaxlm import check, losses, objectives, optim, rundir, sharding, trees
 from jaxlm import config as config_module
 from jaxlm.checkpoint import Checkpoints, lock
+from jaxlm.cluster import Watch
 from jaxlm.data import pipeline, plans, store
 from jaxlm.evaluators import Evaluators
 from jaxlm.journal import Journal, Position, Told, due
-from jaxlm.models import cost
+from jaxlm.models import cost, ring, stages
 from jaxlm.models.config import freeze
 from jaxlm.models.transformer import Transformer
 from jaxlm.sharding import Layout
@@ -29,16 +31,48 @@ from jaxlm.types import Array, JaxlmError, Preempted, RunFailed, TrainState, Tre
 
 @dataclasses.dataclass(frozen=True)
 class Shapes:
-  """A state and its frozen parameters as ShapeDtypeStructs with shardings; how both are made, and the optimizer."""
+  """A state and its frozen parameters as ShapeDtypeStructs with shardings; how both are made, and the optimizer.
+
+  Attributes:
+    state, frozen: as they lie in memory.
+    gradients: shardings of the gradients of what is trained.
+    saved: the state with frozen parameters among the others and layers in their order, as checkpoints hold it.
+    layers: path of anything in a state -> how many layers are stacked there, 0 for none.
+  """
   state: TrainState
   frozen: Tree
+  gradients: Tree
+  saved: TrainState
   tx: optax.GradientTransformation
   make: Callable[[Array], tuple[TrainState, Tree]]
+  layers: Callable[[str], int]
+  layout: Layout
 
   def fresh(self, seed: int) -> tuple[TrainState, Tree]:
     """The state before the first update, made where it is kept; the same on any mesh."""
     shardings = jax.tree.map(lambda x: x.sharding, (self.state, self.frozen))
     return jax.jit(self.make, out_shardings=shardings)(jax.random.key_data(jax.random.key(seed)))
+
+  def to_save(self, state: TrainState, frozen: Tree) -> TrainState:
+    """The state as checkpoints hold it."""
+    state = whole(state, frozen)
+    return self._moved(state, stages.into_layers, self.saved) if self._staged else state
+
+  def loaded(self, state: TrainState) -> tuple[TrainState, Tree]:
+    """(the state, frozen parameters) of what a checkpoint held."""
+    if self._staged:
+      state = self._moved(state, stages.into_stages, whole(self.state, self.frozen))
+    state, frozen = split(state, self.frozen)
+    kept = jax.tree.map(lambda x: x.sharding, self.state.opt_state)
+    return state.replace(opt_state=jax.device_put(state.opt_state, kept)), frozen
+
+  @property
+  def _staged(self) -> bool:
+    return self.layout.mesh.shape[stages.AXIS] > 1
+
+  def _moved(self, state: TrainState, move: Callable[..., Array], to: TrainState) -> TrainState:
+    one = lambda path, x: move(x, n, self.layout) if (n := self.layers(path)) else x
+    return jax.jit(lambda state: trees.map_paths(one, state), out_shardings=jax.tree.map(lambda x: x.sharding, to))(state)
 
 
 def build_model(config: Any, vocab_size: int, visibility: str, layout: Layout) -> Transformer:
@@ -55,7 +89,9 @@ def build_model(config: Any, vocab_size: int, visibility: str, layout: Layout) -
 def init_state(model: Transformer, config: Any) -> Shapes:
   """Lays out parameters, optimizer state and average on the model's mesh; computes nothing yet.
 
-  Parameters that match `config.optim.freeze` are kept apart: the optimizer never sees them.
+  Parameters that match `config.optim.freeze` are kept apart: the optimizer never sees them. What the optimizer and the
+  average keep, and gradients, may be split further than parameters, by config.sharding.optimizer_rules (ZeRO-1:
+  Rajbhandari et al. 2020, arXiv:1910.02054).
   """
   layout, tokens = model.layout, jnp.zeros((1, config.seq_len), jnp.int32)
   # Parameters do not depend on the batch, so a row on one device will do, whatever the mesh.
@@ -67,18 +103,62 @@ def init_state(model: Transformer, config: Any) -> Shapes:
   params = nn.meta.unbox(boxed)
   _check_rules(config.optim, params)
   trainable = lambda path: not any(trees.matches(pattern, path) for pattern in config.optim.freeze)
-  tx = optim.make(config.optim, axes)
+  stacked = {path: x.shape[0] for path, x in trees.flatten(params).items() if axes[path][:1] == ('layers',)}
+  tx = optim.make(config.optim, axes, stacked)
+  layers = functools.partial(_layers, stacked)
+  staged = lambda path, x: stages.into_stages(x, n, layout) if (n := layers(path)) else x
 
   def make(rng):
-    trained, frozen = trees.partition(nn.meta.unbox(init(rng)), trainable)
+    made = trees.map_paths(staged, nn.meta.unbox(init(rng)))
+    trained, frozen = trees.partition(made, trainable)
     # float32: a bfloat16 mean would hardly move.
     ema = jax.tree.map(lambda p: p.astype(jnp.float32), trained) if config.optim.ema_decay else None
     return TrainState(jnp.zeros((), jnp.int32), trained, tx.init(trained), ema, rng), frozen
 
-  shapes = jax.eval_shape(make, key)
-  placed = sharding.state_shardings(shapes, params, sharding.param_shardings(params, axes, layout), layout)
-  state, frozen = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, placed)
-  return Shapes(state, frozen, tx, make)
+  def placed(shapes, params, layout):
+    """Shapes with shardings of anything that holds arrays like parameters."""
+    shardings = sharding.state_shardings(shapes, params, sharding.param_shardings(params, axes, layout), layout)
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
+
+  def placed_state(state, params, layout):
+    wider = dataclasses.replace(layout, rules=(*layout.rules, *config.sharding.optimizer_rules))
+    placed_wide = placed(state, params, wider)
+    return placed_wide.replace(params=placed(state.params, params, layout)), placed(state.params, params, wider)
+
+  shapes, frozen = jax.eval_shape(make, key)
+  state, wide = placed_state(shapes, trees.combine(frozen, shapes.params), layout)
+  if config.sharding.offload_optimizer:
+    sharding.check_host_memory(layout.mesh.devices.flat, 'config.sharding.offload_optimizer')
+    state = state.replace(opt_state=jax.tree.map(_on_host, state.opt_state))
+  if config.model.remat == 'offload':
+    sharding.check_host_memory(layout.mesh.devices.flat, "config.model.remat='offload'")
+  one = lambda path, x: stages.into_layers(x, n, layout) if (n := layers(path)) else x
+  in_order = jax.eval_shape(lambda state: trees.map_paths(one, state), whole(shapes, frozen))
+  saved, _ = placed_state(in_order, params, _unstaged(layout))
+  return Shapes(state, placed(frozen, trees.combine(frozen, shapes.params), layout),
+                jax.tree.map(lambda x: x.sharding, wide), saved, tx, make, layers, layout)
+
+
+def _on_host(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+  """The same in the host's memory; counters stay."""
+  return x.update(sharding=x.sharding.with_memory_kind(sharding.HOST)) if x.ndim else x
+
+
+def _layers(stacked: dict[str, int], path: str) -> int:
+  """How many layers are stacked in what stands at a path of a state; 0: none are."""
+  parts = path.split('/')
+  for part in parts:
+    if part.startswith(optim.STACKED):
+      return int(part.removeprefix(optim.STACKED))
+  return next((stacked[end] for i in range(len(parts)) if (end := '/'.join(parts[i:])) in stacked), 0)
+
+
+def _unstaged(layout: Layout) -> Layout:
+  """A layout of layers in their order, which need not divide by stages: stages then hold parts of every layer."""
+  if layout.mesh.shape[stages.AXIS] == 1:
+    return layout
+  rules = tuple((axis, None if axis == 'layers' else to) for axis, to in layout.rules)
+  return dataclasses.replace(layout, rules=(*rules, ('embed', stages.AXIS), ('mlp', stages.AXIS)))
 
 
 def _check_lengths(model: Transformer, lengths: dict[str, int]) -> None:
@@ -87,6 +167,16 @@ def _check_lengths(model: Transformer, lengths: dict[str, int]) -> None:
   if config.positions.kind == 'learned' and longest > config.max_length:
     raise JaxlmError(f'config.model.max_length={config.max_length} is less than the {longest} columns that rows of '
                      'this objective have; raise it, or lower config.seq_len.')
+
+
+def _arrangement(config: Any, visibility: str, lengths: dict[str, int], layout: Layout):
+  """How the columns of a batch are laid out: so that devices of a ring have as much to do where columns see those
+  before them, and come in such numbers; else as they are."""
+  parts = layout.parts('act_length')
+  if (config.model.attention.kernel == 'ring' and visibility == 'causal' and parts > 1
+      and lengths['tokens'] % (2 * parts) == 0):
+    return functools.partial(ring.balanced, parts=parts)
+  return lambda batch: batch
 
 
 def _check_rules(settings: Any, params: Tree) -> None:
@@ -142,7 +232,7 @@ def make_step(loss_fn: LossFn, shapes: Shapes, config: Any):
   def gradients(params, frozen, batch, rng):
     loss = lambda params, batch: loss_fn(trees.combine(frozen, params) if frozen else params, batch, rng)
     (_, sums), grads = jax.value_and_grad(loss, has_aux=True)(params, batch)
-    return jax.lax.with_sharding_constraint(grads, shardings.params), sums
+    return jax.lax.with_sharding_constraint(grads, shapes.gradients), sums
 
   def accumulated(params, frozen, batch, rng):
     if config.accumulation == 1:
@@ -156,14 +246,21 @@ def make_step(loss_fn: LossFn, shapes: Shapes, config: Any):
                          jax.eval_shape(lambda m: one(None, m)[1], jax.tree.map(lambda x: x[0], micros)))
     return jax.lax.scan(add, zeros, micros)[0]
 
+  # Between updates what the optimizer keeps may lie in the host's memory.
+  near = jax.tree.map(lambda s: s.with_memory_kind('device'), shardings.opt_state)
+  fetched = lambda tree, where: jax.device_put(tree, where) if near != shardings.opt_state else tree
+
   def step(state: TrainState, frozen: Tree, batch: dict[str, Array]) -> tuple[TrainState, dict[str, Array]]:
+    state = state.replace(opt_state=fetched(state.opt_state, near))
     rng = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
     grads, sums = accumulated(state.params, frozen, batch, rng)
     count = jnp.maximum(sums['objective'][1], 1)
     grads = jax.tree.map(lambda g, p: (g / count).astype(p.dtype), grads, state.params)
     norm = optax.global_norm(grads)
     updates, opt_state = shapes.tx.update(grads, state.opt_state, state.params)
-    finite = jnp.isfinite(norm) & jnp.isfinite(sums['objective'][0]) & jnp.isfinite(optax.global_norm(updates))
+    # Known before the update begins, so that it happens in place: where squares of the gradient can be summed, what an
+    # optimizer makes of them is finite.
+    finite = jnp.isfinite(norm) & jnp.isfinite(sums['objective'][0])
     new = state.replace(params=optax.apply_updates(state.params, updates), opt_state=opt_state)
     if state.ema is not None:
       average = lambda mean, p: mean + (1 - config.optim.ema_decay) * (p.astype(jnp.float32) - mean)
@@ -171,10 +268,10 @@ def make_step(loss_fn: LossFn, shapes: Shapes, config: Any):
     new = jax.tree.map(lambda after, before: jnp.where(finite, after, before), new, state)
     metrics = {f'train/{name}': total / jnp.maximum(n, 1) for name, (total, n) in sums.items()}
     metrics |= {'train/grad_norm': norm, 'train/lr': rate(state.step), 'finite': finite, 'targets': sums['loss'][1]}
-    return new.replace(step=state.step + 1), metrics
+    return new.replace(step=state.step + 1, opt_state=fetched(new.opt_state, shardings.opt_state)), metrics
 
   return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None),
-                 compiler_options=sharding.compiler_options(jax.devices()[0].platform))
+                 compiler_options=sharding.compiler_options(shapes.layout.platform, config.compiler_options))
 
 
 # ---- the loop ----------------------------------------------------------------------------------------------------
@@ -217,36 +314,65 @@ class Signals:
       signal.signal(number, handler)
 
 
+@dataclasses.dataclass(frozen=True)
+class Parts:
+  """What a step is made of, for a config and a layout; nothing of it holds data.
+
+  Attributes:
+    batch: {key: (shape of an example, dtype)}.
+    lengths: columns of a batch's arrays by key.
+    loss_fn: as `make_step` takes it.
+  """
+  objective: Any
+  model: Transformer
+  shapes: Shapes
+  loss_fn: LossFn
+  step_fn: Any
+  batch: dict[str, Any]
+  lengths: dict[str, int]
+
+
+def assemble(config: Any, layout: Layout, vocab: Any) -> Parts:
+  """The parts of a step.
+
+  Raises:
+    JaxlmError: rows, lengths or layers that do not divide or fit.
+  """
+  objective = objectives.make(config, vocab)
+  batch = objectives.shapes(objective, config.seq_len)
+  lengths = {key: shape[0] for key, (shape, _) in batch.items() if shape}
+  model = build_model(config, vocab.size, objective.visibility, layout)
+  for size in {config.batch_size, *(size for _, size in config.batch_ramp)}:
+    layout.batch((size // config.accumulation, config.seq_len))  # says what does not divide, before any work
+    stages.check_rows(size // config.accumulation, layout)
+  _check_lengths(model, lengths)
+  shapes = init_state(model, config)
+  vocabulary, loss = losses.vocabulary_of(model, config.loss), losses.LOSSES[objective.loss]
+  loss_fn = lambda params, batch, rng: loss(model, vocabulary, params, batch, rng)
+  return Parts(objective, model, shapes, loss_fn, make_step(loss_fn, shapes, config),
+               batch | {'example_ids': ((), np.dtype(np.int32))}, lengths)
+
+
 class Run:
   """One run: the parts that the loop puts together."""
 
   def __init__(self, config: Any, workdir: str, prepared: store.Prepared):
     self.config, self.tokenizer, self.stores = config, prepared.tokenizer, prepared.stores
-    self.layout = Layout(sharding.make_mesh(config.mesh), tuple(config.sharding.rules))
-    vocab = self.tokenizer.vocab
-    self.objective = objectives.make(config, vocab)
-    shapes = objectives.shapes(self.objective, config.seq_len)
-    self.lengths = {key: shape[0] for key, (shape, _) in shapes.items() if shape}
-    self.model = build_model(config, vocab.size, self.objective.visibility, self.layout)
+    self.layout, vocab = sharding.layout_of(config), self.tokenizer.vocab
+    parts = assemble(config, self.layout, vocab)
+    self.objective, self.model, self.shapes, self.step_fn = parts.objective, parts.model, parts.shapes, parts.step_fn
+    self.lengths, loss_fn = parts.lengths, parts.loss_fn
     self.stream = plans.Stream(config, self.stores, self.objective, vocab)
-    sizes = {config.batch_size, *(size for _, size in config.batch_ramp)}
-    for size in sizes:
-      self.layout.batch((size // config.accumulation, config.seq_len))  # says what does not divide, before any work
-    _check_lengths(self.model, self.lengths)
-    self.shapes = init_state(self.model, config)
-    vocabulary = losses.vocabulary_of(self.model, config.loss)
-    loss = losses.LOSSES[self.objective.loss]
-    loss_fn = lambda params, batch, rng: loss(self.model, vocabulary, params, batch, rng)
-    self.step_fn = make_step(loss_fn, self.shapes, config)
-    self.evaluators = Evaluators(config, self.model, self.stores, self.objective, self.tokenizer,
-                                 loss_fn)
+    self.arrange = _arrangement(config, self.objective.visibility, self.lengths, self.layout)
+    self.evaluators = Evaluators(config, self.model, self.stores, self.objective, self.tokenizer, loss_fn, self.arrange)
     keep = {key: config.checkpoint[key] for key in ('keep_latest', 'keep_every', 'keep_best', 'best_metric')}
     self.checkpoints = Checkpoints(os.path.join(workdir, 'checkpoints'), **keep)
+    sizes = {config.batch_size, *(size for _, size in config.batch_ramp)}
     self.rows = {size: self.layout.host_rows((size, config.seq_len)) for size in sizes}
 
   def start(self) -> tuple[int, TrainState, Tree, Position]:
     """(updates done, state, frozen parameters, position): this run's, or resumed, or initialised from, or fresh."""
-    config, target = self.config, whole(self.shapes.state, self.shapes.frozen)
+    config, target = self.config, self.shapes.saved
     found = self.checkpoints.restore(target)
     if found is None and config.checkpoint.resume:
       found = _other(config.checkpoint.resume).restore(target)
@@ -255,17 +381,17 @@ class Run:
                          'from.')
     if found is not None:
       step, state, data = found
-      return step, *split(state, self.shapes.frozen), Position(**data)
+      return step, *self.shapes.loaded(state), Position(**data)
     state, frozen = self.shapes.fresh(config.seed)
     if config.checkpoint.init_from:
       given = _other(config.checkpoint.init_from).restore_params(target.params)
       if given is None:
         raise JaxlmError(f'config.checkpoint.init_from: {config.checkpoint.init_from} has no valid checkpoint to take '
                          'weights from.')
-      loaded = whole(state, frozen).replace(params=given[1])
+      loaded = self.shapes.to_save(state, frozen).replace(params=given[1])
       if state.ema is not None:
         loaded = loaded.replace(ema=jax.tree.map(lambda p: jnp.array(p, jnp.float32), given[1]))
-      state, frozen = split(loaded, self.shapes.frozen)
+      state, frozen = self.shapes.loaded(loaded)
     return 0, state, frozen, Position()
 
   def rewind(self, bad: Told, position: Position) -> tuple[int, TrainState, Tree, Position]:
@@ -285,7 +411,7 @@ class Run:
 
   def place(self, batch: dict[str, np.ndarray], size: int) -> dict[str, Array]:
     """This process's rows as parts of global arrays of `size` rows."""
-    return self.layout.place(batch, size, self.rows[size][0])
+    return self.layout.place(self.arrange(batch), size, self.rows[size][0])
 
 
 def _other(workdir: str) -> Checkpoints:
@@ -323,10 +449,16 @@ def run(config: Any, workdir: str, allow_change: Sequence[str] = ()) -> dict[str
       directory.accept(*this)  # not before: a checkpoint that does not fit leaves config.json as it was
       if jax.process_index() == 0:
         prepared.tokenizer.save(os.path.join(directory.path, 'tokenizer'))
-      return train(parts, directory.path, signals, *start)
+      with Watch(os.path.join(directory.path, '.processes'), jax.process_index(), jax.process_count(),
+                 config.heartbeat_s, config.watchdog_s) as watch:
+        try:
+          return train(parts, directory.path, signals, watch, *start)
+        except Exception as e:
+          watch.blame(e)
+          raise
 
 
-def train(parts: Run, workdir: str, signals: Signals, step: int, state: TrainState, frozen: Tree,
+def train(parts: Run, workdir: str, signals: Signals, watch: Watch, step: int, state: TrainState, frozen: Tree,
           position: Position) -> dict[str, Any]:
   """The loop, from where `parts.start` says."""
   config, checkpoints = parts.config, parts.checkpoints
@@ -335,7 +467,7 @@ def train(parts: Run, workdir: str, signals: Signals, step: int, state: TrainSta
   sizes, batches = parts.batches(step, position)
 
   def save():
-    checkpoints.save(step, whole(state, frozen), dataclasses.asdict(position), journal.of(step))
+    checkpoints.save(step, parts.shapes.to_save(state, frozen), dataclasses.asdict(position), journal.of(step))
 
   signals.looping = True
   try:
@@ -344,6 +476,7 @@ def train(parts: Run, workdir: str, signals: Signals, step: int, state: TrainSta
       batch = parts.place(batches.at(first, size, position.skips), size)
       state, metrics = parts.step_fn(state, frozen, batch)
       step, position.examples = step + 1, first + size
+      watch.step(step)
       stop = signals.stop(together=due(step, config.log_every))
       bad = journal.tell(position)  # of the step before, while this one runs
       journal.note(step, (first, first + size), metrics)
@@ -360,7 +493,7 @@ def train(parts: Run, workdir: str, signals: Signals, step: int, state: TrainSta
         sizes, batches = parts.batches(step, position)
         continue
       if due(step, config.eval_every) or step == config.steps:
-        journal.measure(step, position, state, frozen)
+        journal.measure(step, position, state, frozen, lambda: watch.step(step))
       if due(step, config.save_every) or ending:
         save()
       if stop and step < config.steps:

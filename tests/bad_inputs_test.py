@@ -176,14 +176,18 @@ CASES = (
     Case('a word that is no flag', '--config=tiny.py runs/here',
          ("Unknown argument 'runs/here'; flags start with --, as --config=runs/here.",)),
     Case('one flag of a run of several processes', '--config=tiny.py --process_id=0',
-         ('--coordinator, --num_processes and --process_id go together; give all three or none.',)),
+         ('--coordinator, --num_processes and --process_id go together; give all three, or none where a launcher '
+          'tells.',)),
     Case('a process number that is too high',
          '--config=tiny.py --coordinator=localhost:1 --num_processes=2 --process_id=2',
          ('--process_id=2 must be below --num_processes=2.',)),
+    Case('a coordinator without a port', '--config=tiny.py --coordinator=node1 --num_processes=2 --process_id=0',
+         ("--coordinator must be host:port of process 0; got 'node1'.",)),
     Case('an unknown group of `--allow_change`', '--config=tiny.py --allow_change=modle',
          ("--allow_change: unknown 'modle'. Known: seed, steps, batch_size, batch_ramp, accumulation, seq_len, "
-          'log_every, eval_every, save_every, tensorboard, on_nonfinite, max_rewinds, model, objective, data, '
-          "tokenizer, loss, optim, mesh, sharding, precision, checkpoint, eval. Did you mean 'model'?",)),
+          'log_every, eval_every, save_every, heartbeat_s, watchdog_s, compiler_options, tensorboard, on_nonfinite, '
+          'max_rewinds, model, objective, data, tokenizer, loss, optim, mesh, sharding, pipeline, precision, checkpoint, '
+          "eval. Did you mean 'model'?",)),
     # ---- single keys ----
     Case('a learning rate that is nan', '--config=tiny.py --config.optim.lr=nan',
          ('config.optim.lr must be a number, above 0.0; got nan (float).',)),
@@ -219,13 +223,13 @@ CASES = (
          ("config.model.positions.rope.scaling: Unknown rope scaling 'llama'. Known: linear, llama3, none, ntk, "
           'yarn; or pass "module:attribute". Did you mean \'llama3\'?',)),
     Case('an unknown kernel', '--config=tiny.py --config.model.attention.kernel=flash',
-         ("config.model.attention.kernel: Unknown attention kernel 'flash'. Known: blockwise, dense; or pass "
+         ("config.model.attention.kernel: Unknown attention kernel 'flash'. Known: blockwise, dense, ring; or pass "
           '"module:attribute".',)),
     Case('a kernel that does not import', '--config=tiny.py --config.model.attention.kernel=my_lab.kernels:ring',
          ("config.model.attention.kernel: Cannot import attention kernel 'my_lab.kernels:ring': No module named "
           "'my_lab'.",)),
     Case('an unknown remat policy', '--config=tiny.py --config.model.remat=dot',
-         ("config.model.remat: Unknown remat policy 'dot'. Known: dots, full, names, none; or pass "
+         ("config.model.remat: Unknown remat policy 'dot'. Known: dots, full, names, none, offload; or pass "
           '"module:attribute". Did you mean \'dots\'?',)),
     Case('an unknown remat name', '--config=tiny.py --config.model.remat_names=attention_outs',
          ("config.model.remat_names: unknown 'attention_outs'. Known: attention_out, attention_lse, mlp_hidden.",)),
@@ -299,7 +303,7 @@ CASES = (
           'a multiple of it.',)),
     Case('an axis that no rule names',
          '--config=tiny.py --config.sharding.rules="((\'act_batch\',\'data\'),(\'act_length\',None))"',
-         ("activation: no rule for logical axis 'act_embed'; add one to config.sharding.rules.",)),
+         ("activation: no rule for logical axis 'act_stream'; add one to config.sharding.rules.",)),
     Case('a rule to an unknown mesh axis',
          '--config=tiny.py --config.sharding.rules="((\'act_length\',None),(\'act_batch\',\'dta\'))"',
          ("config.sharding.rules: 'act_batch' goes to unknown mesh axis 'dta'. Known: replica, pipe, data, fsdp, "
@@ -525,9 +529,38 @@ CASES = (
           'set it back, or use another --workdir.',)),
     Case('fewer steps than the run has done', '--config=tiny.py --config.steps=1',
          ('{here}/runs/tiny has done 2 steps, config.steps=1 is less; raise it, or use another workdir.',)),
-    Case('a mesh axis that nothing is split over', '--config=tiny.py --config.mesh.pipe=2',
-         ('config.mesh.pipe=2: no part of this model is split over pipe, so its devices would repeat the same work; set '
-          'it to 1.',)),
+    Case('experts that are not there, split', '--config=tiny.py --config.mesh.expert=2',
+         ('config.mesh.expert=2: the model has no experts to split over it; set it to 1, or '
+          'config.model.moe.num_experts.',)),
+    Case('more stages than layers', '--config=tiny.py --workdir=runs/new --config.mesh.data=2 --config.mesh.pipe=4',
+         ('config.mesh.pipe=4 × config.pipeline.repeats=1 makes 4 stages, more than the 2 repeated layers of a stack; '
+          'lower one of them.',)),
+    Case('rows that do not cut into microbatches', '--config=tiny.py --workdir=runs/new --config.mesh.pipe=2 '
+         '--config.mesh.data=4 --config.pipeline.microbatches=4',
+         ('8 rows (config.batch_size / config.accumulation, or config.eval.batch_size) do not divide by '
+          'config.pipeline.microbatches=4 × 4 devices that rows are split over; change one of them.',)),
+    Case('microbatches that do not go round in groups', '--config=tiny.py --workdir=runs/new --config.mesh.pipe=2 '
+         '--config.mesh.data=1 --config.mesh.fsdp=4 --config.pipeline.microbatches=1 --config.pipeline.repeats=2 '
+         '--config.model.num_layers=4',
+         ('config.pipeline.microbatches=1 does not divide by config.mesh.pipe=2; with config.pipeline.repeats=2 '
+          'microbatches go round in groups of as many as there are stages.',)),
+    Case('stages of one layer for all', '--config=tiny.py --config.mesh.pipe=2 --config.model.share_layers=true',
+         ('config.mesh.pipe=2: config.model.share_layers leaves one layer, no stages; set one of them back.',)),
+    Case('stages of layers that are not stacked', '--config=tiny.py --config.mesh.pipe=2 --config.model.scan=false',
+         ('config.mesh.pipe=2: stages are stacked layers; set config.model.scan to True.',)),
+    Case('a recurrent net split over its length', '--config=tiny.py --config.mesh.seq=2 --config.model.mixer=lstm',
+         ('config.mesh.seq=2: a lstm reads a token after the other; set it to 1.',)),
+    Case('dropped probabilities split over the length',
+         '--config=tiny.py --config.mesh.seq=2 --config.model.attention.dropout=0.1',
+         ('config.mesh.seq=2: attention probabilities cannot be dropped where lengths are split; set '
+          'config.model.attention.dropout to 0.',)),
+    Case('a capacity split over the length', '--config=tiny.py --config.mesh.seq=2 --config.model.moe.num_experts=4 '
+         '--config.model.moe.mode=capacity',
+         ("config.mesh.seq=2: a mixture's capacity is counted over whole rows; set config.model.moe.mode to 'dropless', "
+          'or the axis to 1.',)),
+    Case('a length that does not divide', '--config=tiny.py --workdir=runs/new --config.mesh.data=1 '
+         '--config.mesh.seq=8 --config.seq_len=20',
+         ('batch: dim 1 (act_length=20) does not divide by mesh axis seq=8; set config.seq_len to a multiple of it.',)),
     Case('a frozen parameter that is not there', '--config=tiny.py --workdir=runs/new --config.optim.freeze="(\'nosuch\',)"',
          ("config.optim.freeze: 'nosuch' matches no parameter; patterns match a whole path, such as 'embed/embedding'.",)),
 )

@@ -125,7 +125,8 @@ def test_what_is_no_config_is_told():
     ('sed', "config.sed is unknown. Did you mean 'seed'?"),
     ('lr', "config.lr is unknown. Did you mean 'optim.lr'?"),
     ('qq', 'config.qq is unknown. Known there: seed, steps, batch_size, batch_ramp, accumulation, seq_len, log_every, '
-           'eval_every, save_every, tensorboard, on_nonfinite, max_rewinds.'),
+           'eval_every, save_every, heartbeat_s, watchdog_s, compiler_options, tensorboard, on_nonfinite, '
+           'max_rewinds.'),
     ('precision.x', 'config.precision.x is unknown. Known there: compute, params.'),
 ])
 def test_an_unknown_key_is_told_with_the_nearest_right_one(path, told):
@@ -212,7 +213,7 @@ def test_an_override_reads_what_the_key_holds(path, text, value):
     ('objective.causal', 'x', 'config.objective.causal is a group of keys that holds none; there is nothing to set.'),
     ('optm.lr', '1', "config.optm.lr is unknown. Did you mean 'optim.lr'?"),
     ('zzz.qqq', '1', 'config.zzz.qqq is unknown. Known groups: model, objective, data, loss, optim, mesh, sharding, '
-                     'precision, checkpoint, eval.'),
+                     'pipeline, precision, checkpoint, eval.'),
 ])
 def test_an_override_that_cannot_be_read_is_told(path, text, told):
   with pytest.raises(JaxlmError) as e:

@@ -11,11 +11,11 @@ ROOT = pathlib.Path(__file__).parents[1]
 
 # A module imports only what stands above it. Families stand among themselves as their imports ask, in no circle.
 ORDER = """
-types lookup schema config trees sharding
+types lastwords cluster lookup hardware schema config trees sharding
 rows masking spans orders middles pairs prompts objectives
 data.words data.pieces data.tokenizers data.files data.tables data.tokenfiles data.sources data.shards data.mixtures
 data.store data.exports data.plans data.pipeline
-models.config models.layers models.positions models.kernels models.attention models.recurrent models.moe
+models.config models.layers models.positions models.kernels models.ring models.attention models.stages models.recurrent models.moe
 models.stack models.transformer models.cost
 families.keys families.bijections families.* families.table
 losses optim metrics pictures seal checkpoint rundir sampling weights gguf transfer hf decode lm loading evaluators journal

@@ -131,7 +131,7 @@ def test_without_the_wrapper_a_stack_learns_otherwise(name, stacked, monkeypatch
   given = _optim(name=name, lr=0.05)
   given.adafactor.min_dim = 8
   right = _run(optim.make(given, axes), params, grads)
-  monkeypatch.setattr(optim, 'over_layers', lambda tx, axes: tx)
+  monkeypatch.setattr(optim, 'over_layers', lambda tx, axes, layers: tx)
   wrong = _run(optim.make(given, axes), params, grads)
   assert max(float(jnp.abs(a - b).max()) for a, b in zip(jax.tree.leaves(right), jax.tree.leaves(wrong))) > 1e-3
 

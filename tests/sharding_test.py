@@ -1,5 +1,6 @@
 """Mesh and layout on eight simulated devices: specs, errors, bytes, rows of a host."""
 import math
+import types
 
 import flax.linen as nn
 import jax
@@ -232,4 +233,17 @@ def test_rows_that_do_not_divide_say_what_to_set():
 def test_compiler_options_compile_here():
   options = sharding.compiler_options(jax.devices()[0].platform)
   assert float(jax.jit(jnp.sin, compiler_options=options)(0.0)) == 0.0
-  assert sharding.compiler_options('gpu') == {}
+  # The names of a GPU's are known to every backend of this version of XLA.
+  assert float(jax.jit(jnp.sin, compiler_options=sharding.compiler_options('cuda'))(0.0)) == 0.0
+  assert sharding.compiler_options('cpu', [('xla_cpu_experimental_ynn_fusion_type', None)]) == {}
+
+
+def test_axes_lie_in_different_slices_from_the_outermost_on():
+  device = lambda i, slice_index: types.SimpleNamespace(id=i, slice_index=slice_index, process_index=slice_index,
+                                                        platform='cpu', device_kind='cpu')
+  assert sharding._over_slices(sharding.mesh_sizes(dict(replica=2, fsdp=4), 8), 2)['replica'] == 2
+  assert sharding._over_slices(sharding.mesh_sizes(dict(data=4, tensor=2), 8), 2)['data'] == 2
+  grid = sharding.mesh_utils.create_hybrid_device_mesh([1, 4], [2, 1], [device(i, i % 2) for i in range(8)])
+  assert [[d.slice_index for d in row] for row in grid] == [[0] * 4, [1] * 4]
+  with pytest.raises(JaxlmError, match='3 slices do not divide by data=4 and the axes outside it; set config.mesh.replica'):
+    sharding._over_slices(sharding.mesh_sizes(dict(data=4, fsdp=3), 12), 3)

@@ -7,11 +7,11 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from jaxlm.lookup import lookup
 from jaxlm.models.config import ModelConfig
-from jaxlm.models.kernels import KERNELS, NO_WINDOW, Bias, Visibility
+from jaxlm.models.kernels import NO_WINDOW, Bias, Visibility
 from jaxlm.models.layers import Dense, Norm, dropout
 from jaxlm.models.positions import Rotations, apply_rope, by_distance, distances
+from jaxlm.models.ring import attend
 from jaxlm.sharding import Layout
 from jaxlm.types import Array
 
@@ -162,9 +162,8 @@ class Attention(nn.Module):
     if self.is_mutable_collection('attention'):  # somebody asked to see the probabilities
       drop = lambda probs: (self.sow('attention', 'probs', probs), probs)[1]
     sink_N = self._param('sink', nn.initializers.zeros, ('heads',), (attention.num_heads,)) if attention.sink else None
-    kernel = lookup(KERNELS, attention.kernel, 'attention kernel')
-    out_BTNH = out_of(kernel(q_BTNH, k_BSKH, v_BSKH, visibility, scale=scale, softcap=attention.softcap, bias=bias,
-                             sink_N=sink_N, dropout=drop, block=attention.block))
+    out_BTNH = out_of(attend(self.layout, attention.kernel, q_BTNH, k_BSKH, v_BSKH, visibility, scale=scale,
+                             softcap=attention.softcap, bias=bias, sink_N=sink_N, dropout=drop, block=attention.block))
     out_BTNH = checkpoint_name(out_BTNH, 'attention_out')
     out_BTD = Dense(config, (config.width,), ('heads', 'head_dim', 'embed'), num_inputs=2, bias=attention.out_bias,
                     residual=True, name='out')(out_BTNH)
@@ -217,7 +216,7 @@ class Attention(nn.Module):
       same_BNT2 = jnp.einsum('BTNH,XNH->BNTX', q_BTNH + vector('types_bias'), types_2NH, **f32)
       differ_B1TS = (tokens.types[:, :, None] != seen.types[:, None, :])[:, None]
       score_BNTS += jnp.where(differ_B1TS, same_BNT2[..., 1:], same_BNT2[..., :1])
-    return q_BTNH + vector('content_bias'), Bias(_given, scale * score_BNTS, whole=True)
+    return q_BTNH + vector('content_bias'), Bias(_given, scale * score_BNTS, (('act_batch', 'act_heads', 'act_length', None),), whole=True)
 
   def _latent(self, x_BTD: Array, context: Context, window: Any, cache: LayerCache | None):
     """(queries, what makes values of the kernel's result, keys, values, tokens of the keys, the new cache).

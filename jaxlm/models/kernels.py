@@ -55,11 +55,13 @@ class Bias:
     fn: (params, position_q_BT, position_k_BS) -> float32 [B or 1, N, T, S]. Called on whole arrays and on blocks of
       them, so it reads positions only; it must not close over traced arrays.
     params: what gradients flow to.
+    axes: logical axes of each leaf of params.
     whole: params are laid out by query and key, so `fn` can be called on whole arrays only (XLNet's relative scores,
       which depend on the query).
   """
   fn: Callable[[Tree, Array, Array], Array] = flax.struct.field(pytree_node=False)
   params: Tree = flax.struct.field(default_factory=dict)
+  axes: tuple[tuple[str | None, ...], ...] = flax.struct.field(pytree_node=False, default=())
   whole: bool = flax.struct.field(pytree_node=False, default=False)
 
 
@@ -173,18 +175,26 @@ def blockwise(q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, visibility: Visibilit
     UnsupportedAttention: with dropout, whose probabilities are never all there; with a bias for whole arrays only.
   Source: Dao 2023, FlashAttention-2, arXiv:2307.08691, algorithms 1 and 2.
   """
+  return by_blocks(functools.partial(flash, Score(scale, softcap, bias.fn if bias else None), block), 'blockwise',
+                   q_BTNH, k_BSKH, v_BSKH, visibility, bias, sink_N, dropout)
+
+
+def by_blocks(run: Callable[..., tuple[Array, Array]], name: str, q_BTNH: Array, k_BSKH: Array, v_BSKH: Array,
+              visibility: Visibility, bias: Bias | None, sink_N: Array | None,
+              dropout: Callable[[Array], Array] | None) -> Array:
+  """What surrounds `flash` and its like, `run`: refusals, arrays of full batch size, the sink."""
   if dropout is not None:
-    raise UnsupportedAttention('Attention kernel blockwise cannot drop probabilities; '
+    raise UnsupportedAttention(f'Attention kernel {name} cannot drop probabilities; '
                                'set config.model.attention.dropout=0.0, or config.model.attention.kernel=dense.')
   if bias is not None and bias.whole:
-    raise UnsupportedAttention('Attention kernel blockwise cannot add scores that depend on the query; '
+    raise UnsupportedAttention(f'Attention kernel {name} cannot add scores that depend on the query; '
                                'set config.model.attention.kernel=dense.')
   batch = q_BTNH.shape[0]
   arrays = {name: jnp.broadcast_to(getattr(visibility, name), (batch, getattr(visibility, name).shape[1]))
             for name in QUERY_SIDE + KEY_SIDE}
   window = jnp.asarray(visibility.window, jnp.int32) if is_limit(visibility.window) else None
-  out_BTNH, lse_BTN1 = flash(Score(scale, softcap, bias.fn if bias else None), block, q_BTNH, k_BSKH, v_BSKH,
-                             bias.params if bias else None, visibility.replace(window=window, **arrays))
+  out_BTNH, lse_BTN1 = run(q_BTNH, k_BSKH, v_BSKH, bias.params if bias else None,
+                           visibility.replace(window=window, **arrays))
   if sink_N is None:
     return out_BTNH
   return (out_BTNH * jax.nn.sigmoid(lse_BTN1 - sink_N.astype(jnp.float32)[:, None])).astype(out_BTNH.dtype)
@@ -256,17 +266,55 @@ def flash(score, block, q_BTNH, k_BSKH, v_BSKH, bias_params, visibility):
 
 
 def flash_forward(score, block, q_BTNH, k_BSKH, v_BSKH, bias_params, visibility):
-  """Each block of queries meets its blocks of keys, carrying the weighted sum, the top score and the weights' sum."""
-  T, N, K = *q_BTNH.shape[1:3], k_BSKH.shape[2]
   side_q_I, side_k_J = cut_sides(visibility, block)
-  q_IBKXH, k_JBKSH, v_JBKSH = (jax.vmap(lambda x: rows_of(x, K))(cut(x, block)) for x in (q_BTNH, k_BSKH, v_BSKH))
+  q_IBKXH, k_JBKSH, v_JBKSH = cut_heads(k_BSKH.shape[2], block, q_BTNH, k_BSKH, v_BSKH)
+  sums_I = meet(score, bias_params, visibility, (q_IBKXH, side_q_I), (k_JBKSH, v_JBKSH, side_k_J))
+  out_BTNH, lse_IBKX1, lse_BTN1 = settle(sums_I, q_BTNH)
+  return (out_BTNH, lse_BTN1), (q_BTNH, k_BSKH, v_BSKH, bias_params, visibility, out_BTNH, lse_IBKX1)
 
-  def queries(_, q_block):
-    q_BKXH, side_q, num, seen_J = q_block
 
-    def meet(n, sums):
+def flash_backward(score, block, saved, grads):
+  q_BTNH, k_BSKH, v_BSKH, bias_params, visibility, out_BTNH, lse_IBKX1 = saved
+  side_q_I, side_k_J = cut_sides(visibility, block)
+  queries = (*cut_heads(k_BSKH.shape[2], block, q_BTNH, *from_above(out_BTNH, *grads)), lse_IBKX1, side_q_I)
+  keys = (*cut_heads(k_BSKH.shape[2], block, k_BSKH, v_BSKH), side_k_J)
+  (dq_IBKXH, dparams), (dk_JBKSH, dv_JBKSH) = meet_again(score, bias_params, visibility, queries, keys,
+                                                         nothing(queries[0], bias_params))
+  whole = lambda x_IBKXH, like: join_heads(x_IBKXH, *like.shape[1:3]).astype(like.dtype)
+  no_gradient = jax.tree.map(lambda x: np.zeros(x.shape, jax.dtypes.float0), visibility)
+  return whole(dq_IBKXH, q_BTNH), whole(dk_JBKSH, k_BSKH), whole(dv_JBKSH, v_BSKH), dparams, no_gradient
+
+
+def cut_heads(K: int, block: int, *arrays: Array) -> tuple[Array, ...]:
+  """[B, T, N, H] each, as blocks of rows [I, B, K, X, H]."""
+  return tuple(jax.vmap(lambda x: rows_of(x, K))(cut(x, block)) for x in arrays)
+
+
+def join_heads(x_IBKXH: Array, length: int, N: int) -> Array:
+  """Undoes `cut_heads`: [B, T, N, H]."""
+  return join(jax.vmap(lambda x: tokens_of(x, N))(x_IBKXH), length)
+
+
+def meet(score: Score, bias_params: Tree, visibility: Visibility, queries: Tree, keys: Tree,
+         sums_I: tuple[Array, Array, Array] | None = None) -> tuple[Array, Array, Array]:
+  """Each block of queries meets its blocks of keys.
+
+  Args:
+    queries: (q [I, B, K, X, H], integers of each block).
+    keys: (k, v [J, B, K, S, H], integers).
+    sums_I: of the keys met before: the weighted sum of values, the top score and the sum of weights, float32
+      [I, B, K, X, H or 1]; None: none was.
+  Returns:
+    The sums, these keys included.
+  """
+  (_, side_q_I), (_, v_JBKSH, side_k_J) = queries, keys
+
+  def one(_, q_block):
+    (q_BKXH, side_q), num, seen_J, sums = q_block
+
+    def met(n, sums):
       out_BKXH, top_BKX1, total_BKX1 = sums
-      k_BKSH, v_BKSH, side_k = pick((k_JBKSH, v_JBKSH, side_k_J), seen_J[n])
+      k_BKSH, v_BKSH, side_k = pick(keys, seen_J[n])
       score_BKXS = score(multiply('BKXH,BKSH->BKXS', q_BKXH, k_BKSH), bias_params,
                          visibility.replace(**side_q, **side_k))
       new_top_BKX1 = jnp.maximum(top_BKX1, score_BKXS.max(-1, keepdims=True))
@@ -276,42 +324,65 @@ def flash_forward(score, block, q_BTNH, k_BSKH, v_BSKH, bias_params, visibility)
       return (keep_BKX1 * out_BKXH + multiply('BKXS,BKSH->BKXH', weight_BKXS.astype(v_BKSH.dtype), v_BKSH),
               new_top_BKX1, keep_BKX1 * total_BKX1 + weight_BKXS.sum(-1, keepdims=True))
 
-    zero_BKX1 = zeros_like(q_BKXH[..., :1])
-    sums = (jnp.broadcast_to(zero_BKX1, (*q_BKXH.shape[:-1], v_BSKH.shape[-1])), zero_BKX1 + MASKED, zero_BKX1)
-    out_BKXH, top_BKX1, total_BKX1 = jax.lax.fori_loop(0, num, meet, sums)
-    sees_BKX1 = top_BKX1 > MASKED
-    total_BKX1 = jnp.where(sees_BKX1, total_BKX1, 1)
-    out_BKXH = jnp.where(sees_BKX1, out_BKXH / total_BKX1, 0).astype(q_BTNH.dtype)
-    return None, (tokens_of(out_BKXH, N), jnp.where(sees_BKX1, top_BKX1 + jnp.log(total_BKX1), 0))
+    sums = no_sums(q_BKXH, v_JBKSH.shape[-1]) if sums is None else sums
+    return None, jax.lax.fori_loop(0, num, met, sums)
 
   meets_IJ = may_meet(visibility, side_q_I, side_k_J)
-  _, (out_IBTNH, lse_IBKX1) = jax.lax.scan(queries, None, (q_IBKXH, side_q_I, *true_first(meets_IJ)))
-  out_BTNH = checkpoint_name(join(out_IBTNH, T), 'attention_out')
-  lse_IBKX1 = checkpoint_name(lse_IBKX1, 'attention_lse')
-  lse_BTN1 = join(jax.vmap(lambda x: tokens_of(x, N))(lse_IBKX1), T)
-  return (out_BTNH, lse_BTN1), (q_BTNH, k_BSKH, v_BSKH, bias_params, visibility, out_BTNH, lse_IBKX1)
+  return jax.lax.scan(one, None, (queries, *true_first(meets_IJ), sums_I))[1]
 
 
-def flash_backward(score, block, saved, grads):
-  """Each block of keys meets its blocks of queries again and adds to their gradients in place."""
-  q_BTNH, k_BSKH, v_BSKH, bias_params, visibility, out_BTNH, lse_IBKX1 = saved
-  grad_BTNH, grad_lse_BTN1 = grads
-  T, N, K, S = *q_BTNH.shape[1:3], k_BSKH.shape[2], k_BSKH.shape[1]
-  side_q_I, side_k_J = cut_sides(visibility, block)
-  q_IBKXH, k_JBKSH, v_JBKSH, grad_IBKXH = (jax.vmap(lambda x: rows_of(x, K))(cut(x, block))
-                                           for x in (q_BTNH, k_BSKH, v_BSKH, grad_BTNH))
-  # What the softmax's gradient subtracts: sum over keys of probability * its gradient = out * its gradient. The
-  # gradient of log sum exp by a score is its probability.
-  mean_BTN1 = (out_BTNH.astype(jnp.float32) * grad_BTNH.astype(jnp.float32)).sum(-1, keepdims=True) - grad_lse_BTN1
-  mean_IBKX1 = jax.vmap(lambda x: rows_of(x, K))(cut(mean_BTN1, block))
+def no_sums(q: Array, value_dim: int) -> tuple[Array, Array, Array]:
+  """What `meet` carries before the first key."""
+  zero = zeros_like(q[..., :1])
+  return jnp.broadcast_to(zero, (*q.shape[:-1], value_dim)), zero + MASKED, zero
 
-  def keys(carry, k_block):
-    k_BKSH, v_BKSH, side_k, num, seen_by_I = k_block
 
-    def meet(n, sums):
+def settle(sums_I: tuple[Array, Array, Array], q_BTNH: Array) -> tuple[Array, Array, Array]:
+  """(out [B, T, N, H]; log sum exp of scores, in blocks and [B, T, N, 1], 0 where nothing is seen)."""
+  out_IBKXH, top_IBKX1, total_IBKX1 = sums_I
+  sees_IBKX1 = top_IBKX1 > MASKED
+  total_IBKX1 = jnp.where(sees_IBKX1, total_IBKX1, 1)
+  out_IBKXH = jnp.where(sees_IBKX1, out_IBKXH / total_IBKX1, 0).astype(q_BTNH.dtype)
+  lse_IBKX1 = checkpoint_name(jnp.where(sees_IBKX1, top_IBKX1 + jnp.log(total_IBKX1), 0), 'attention_lse')
+  out_BTNH = checkpoint_name(join_heads(out_IBKXH, *q_BTNH.shape[1:3]), 'attention_out')
+  return out_BTNH, lse_IBKX1, join_heads(lse_IBKX1, *q_BTNH.shape[1:3])
+
+
+def from_above(out_BTNH: Array, grad_BTNH: Array, grad_lse_BTN1: Array) -> tuple[Array, Array]:
+  """(the gradient of the output; float32 [B, T, N, 1], what the softmax's gradient subtracts from it times a value).
+
+  That is the sum over keys of probability times its gradient = out times its gradient; and the gradient of log sum exp
+  by a score is its probability.
+  """
+  mean_BTN1 = (out_BTNH.astype(jnp.float32) * grad_BTNH.astype(jnp.float32)).sum(-1, keepdims=True)
+  return grad_BTNH, mean_BTN1 - grad_lse_BTN1
+
+
+def nothing(q_IBKXH: Array, bias_params: Tree) -> tuple[Array, Tree]:
+  """Gradients of queries and of a bias before the first key."""
+  return zeros_like(q_IBKXH), jax.tree.map(jnp.zeros_like, bias_params)
+
+
+def meet_again(score: Score, bias_params: Tree, visibility: Visibility, queries: Tree, keys: Tree,
+               before: tuple[Array, Tree]) -> tuple[tuple[Array, Tree], tuple[Array, Array]]:
+  """Each block of keys meets its blocks of queries again and adds to their gradients in place.
+
+  Args:
+    queries: (q [I, B, K, X, H], the two of `from_above`, log sum exp, integers) of each block.
+    keys: (k, v [J, B, K, S, H], integers).
+    before: gradients of queries and of a bias so far, float32.
+  Returns:
+    (those, these keys included; gradients of the keys and values, float32 [J, B, K, S, H]).
+  """
+  (*_, side_q_I), (*_, side_k_J) = queries, keys
+
+  def one(carry, k_block):
+    (k_BKSH, v_BKSH, side_k), num, seen_by_I = k_block
+
+    def met(n, sums):
       dq_IBKXH, dparams, dk_BKSH, dv_BKSH = sums
       i = seen_by_I[n]
-      q_BKXH, grad_BKXH, lse_BKX1, mean_BKX1, side_q = pick((q_IBKXH, grad_IBKXH, lse_IBKX1, mean_IBKX1, side_q_I), i)
+      q_BKXH, grad_BKXH, mean_BKX1, lse_BKX1, side_q = pick(queries, i)
       between = visibility.replace(**side_q, **side_k)
       score_BKXS, pull = jax.vjp(lambda dot_BKXS, params: score(dot_BKXS, params, between),
                                  multiply('BKXH,BKSH->BKXS', q_BKXH, k_BKSH), bias_params)
@@ -324,19 +395,11 @@ def flash_backward(score, block, saved, grads):
               dk_BKSH + multiply('BKXS,BKXH->BKSH', ddot_BKXS, q_BKXH),
               dv_BKSH + multiply('BKXS,BKXH->BKSH', prob_BKXS.astype(grad_BKXH.dtype), grad_BKXH))
 
-    sums = (*carry, zeros_like(k_BKSH), zeros_like(v_BKSH))
-    *carry, dk_BKSH, dv_BKSH = jax.lax.fori_loop(0, num, meet, sums)
-    return tuple(carry), (tokens_of(dk_BKSH, K).astype(k_BSKH.dtype), tokens_of(dv_BKSH, K).astype(v_BSKH.dtype))
+    *carry, dk_BKSH, dv_BKSH = jax.lax.fori_loop(0, num, met, (*carry, zeros_like(k_BKSH), zeros_like(v_BKSH)))
+    return tuple(carry), (dk_BKSH, dv_BKSH)
 
   meets_JI = may_meet(visibility, side_q_I, side_k_J).T
-  (dq_IBKXH, dparams), (dk_JBSKH, dv_JBSKH) = jax.lax.scan(
-      keys, (zeros_like(q_IBKXH), jax.tree.map(jnp.zeros_like, bias_params)),
-      (k_JBKSH, v_JBKSH, side_k_J, *true_first(meets_JI)))
-  dq_BTNH = join(jax.vmap(lambda x: tokens_of(x, N))(dq_IBKXH), T).astype(q_BTNH.dtype)
-  no_gradient = jax.tree.map(lambda x: np.zeros(x.shape, jax.dtypes.float0), visibility)
-  return dq_BTNH, join(dk_JBSKH, S), join(dv_JBSKH, S), dparams, no_gradient
+  return jax.lax.scan(one, before, (keys, *true_first(meets_JI)))
 
 
 flash.defvjp(flash_forward, flash_backward)
-
-KERNELS = {'dense': dense, 'blockwise': blockwise}

@@ -205,8 +205,8 @@ class Moe(nn.Module):
     logits_BTE, bias_E = Router(config, name='router')(x_BTD)
     # On each device for its own tokens: XLA would gather all logits for top_k.
     rows = self._rows(x_BTD)
-    experts_BTK, share_BTK, probs_BTE = _by_device(
-        self.layout, lambda logits_BTE, bias_E: choose(moe, logits_BTE, bias_E), (rows, PartitionSpec()), (rows,) * 3)(
+    experts_BTK, share_BTK, probs_BTE = self.layout.by_device(
+        lambda logits_BTE, bias_E: choose(moe, logits_BTE, bias_E), (rows, PartitionSpec()), (rows,) * 3)(
             logits_BTE, bias_E)
     share_BTK = jnp.where(segments_BT[..., None] > 0, share_BTK, 0)
     mode = {'dropless': self._dropless, 'capacity': self._capacity}[moe.mode]
@@ -277,7 +277,7 @@ class Moe(nn.Module):
         y_BTD = jax.lax.psum_scatter(y_BTD, axis, scatter_dimension=dim, tiled=True)
       return y_BTD
 
-    return _by_device(self.layout, local, (specs, rows, rows, rows), rows)(
+    return self.layout.by_device(local, (specs, rows, rows, rows), rows)(
         weights, x_BTD.astype(jnp.float32), experts_BTK, share_BTK)
 
   def _capacity(self, weights: Weights, x_BTD: Array, experts_BTK: Array, share_BTK: Array) -> Array:
@@ -307,13 +307,6 @@ class Moe(nn.Module):
     answers_EBCD = pin(pin(multiply(h_EBCF, 'down'), True), False)
     # float32, as the dropless sum: answers of one token may nearly cancel.
     return jnp.einsum('BTEC,EBCD->BTD', share_BTEC, answers_EBCD.astype(jnp.float32))
-
-
-def _by_device(layout: Layout, local: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
-  """`local` as each device runs it on its part of the arrays."""
-  # A pipeline's axis stays XLA's: its stages are a dim that vmap added.
-  manual = {axis for axis, size in layout.mesh.shape.items() if axis != 'pipe' or size == 1}
-  return jax.shard_map(local, mesh=layout.mesh, axis_names=manual, in_specs=in_specs, out_specs=out_specs)
 
 
 def _differ(x: Array, axes: tuple[str, ...]) -> Array:

@@ -1,4 +1,5 @@
 """Block and Stack: the layers of every family, scanned or one by one; their caches; their parameters, stacked or not."""
+import dataclasses
 from typing import Any
 
 import flax.linen as nn
@@ -10,14 +11,14 @@ import numpy as np
 from jaxlm import trees
 from jaxlm.lookup import lookup
 from jaxlm.models import attention as attention_module
-from jaxlm.models import recurrent
+from jaxlm.models import recurrent, stages
 from jaxlm.models.attention import Attention, Context, LayerCache
-from jaxlm.models.config import LayerKind, ModelConfig, segments
+from jaxlm.models.config import LayerKind, ModelConfig, Segments, segments
 from jaxlm.models.kernels import NO_WINDOW
 from jaxlm.models.layers import Mlp, Norm, dropout, fold
 from jaxlm.models.moe import Moe
 from jaxlm.sharding import Layout
-from jaxlm.types import Array, Tree
+from jaxlm.types import Array, JaxlmError, Tree
 
 # Dropout of each branch's output; attention.py has sites 0 and 1.
 BRANCH_SITES = {'attention': 2, 'cross': 3, 'mlp': 4}
@@ -28,6 +29,9 @@ REMAT = {
     'full': lambda names: jax.checkpoint_policies.nothing_saveable,
     'dots': lambda names: jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     'names': lambda names: jax.checkpoint_policies.save_only_these_names(*names),
+    'offload': lambda names: jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[], names_which_can_be_offloaded=list(names), offload_src='device',
+        offload_dst='pinned_host'),
 }
 REMAT_NAMES = ('attention_out', 'attention_lse', 'mlp_hidden')  # what `names` may keep; the second is blockwise's
 
@@ -88,7 +92,7 @@ class Block(nn.Module):
     config, residual, kind = self.config, self.config.residual, self.kind
     keys_B, aux, caches = fold(context.keys_B, layer), {}, {}
     norm = lambda on, name: Norm(config, name=name) if on else lambda x: x
-    pin = lambda y: self.layout.constrain(y, 'act_batch', 'act_length', 'act_embed')
+    pin = lambda y: self.layout.constrain(y, 'act_batch', 'act_stream', 'act_embed')
     mixer, _ = lookup(MIXERS, config.mixer, 'mixer')
 
     def mix(y_BTD):
@@ -199,15 +203,9 @@ class Stack(nn.Module):
     given = [None] * shape[1]
     if cache is not None:
       given = [jax.tree.map(lambda *x: jnp.stack(x), *of_slot(slot)) for slot in range(shape[1])]
-    period = nn.scan(Period, length=cut.repeats,
-                     variable_axes={} if config.share_layers else {'params': 0},
-                     variable_broadcast='params' if config.share_layers else False,
-                     split_rngs={'params': not config.share_layers},
-                     in_axes=(nn.broadcast, 0, nn.broadcast if windows is None else 0,
-                              nn.broadcast if cache is None else 0),
-                     metadata_params={nn.PARTITION_NAME: 'layers'})
-    x_BTD, (new, aux) = period(config, self.layout, cut.period, name='period')(x_BTD, context, layers, windows, given)
-    total = add(total, {name: x.sum(0) for name, x in aux.items()})
+    repeats = self._staged if self.layout.mesh.shape[stages.AXIS] > 1 and not self.is_initializing() else self._scanned
+    x_BTD, new, aux = repeats(cut, x_BTD, context, layers, windows, given)
+    total = add(total, aux)
     if cache is not None:
       for slot in range(shape[1]):
         caches[first + slot:last:shape[1]] = [jax.tree.map(lambda x: x[i], new[slot]) for i in range(cut.repeats)]
@@ -215,25 +213,67 @@ class Stack(nn.Module):
       x_BTD, total = single(x_BTD, total, i, block(config, self.layout, kinds[i], name=f'suffix_{i - last}'))
     return x_BTD, None if cache is None else caches, total
 
+  def _scanned(self, cut: Segments, x_BTD: Array, context: Context, layers: Array, windows: Array | None,
+               caches: list[BlockCache | None]) -> tuple[Array, list[BlockCache | None], Aux]:
+    """The repeats of a period, one after the other."""
+    shared = self.config.share_layers
+    period = nn.scan(Period, length=cut.repeats,
+                     variable_axes={} if shared else {'params': 0},
+                     variable_broadcast='params' if shared else False,
+                     split_rngs={'params': not shared},
+                     in_axes=(nn.broadcast, 0, nn.broadcast if windows is None else 0,
+                              nn.broadcast if caches[0] is None else 0),
+                     metadata_params={nn.PARTITION_NAME: 'layers'})
+    x_BTD, (new, aux) = period(self.config, self.layout, cut.period, name='period')(x_BTD, context, layers, windows,
+                                                                                    caches)
+    return x_BTD, new, {name: x.sum(0) for name, x in aux.items()}
+
+  def _staged(self, cut: Segments, x_BTD: Array, context: Context, layers: Array, windows: Array | None,
+              caches: list[BlockCache | None]) -> tuple[Array, list[None], Aux]:
+    """The same, as stages of a pipeline."""
+    config = self.config
+    if caches[0] is not None:
+      raise JaxlmError('A pipeline keeps no cache; set config.mesh.pipe to 1, or config.objective.permutation.memory '
+                       'to 0.')
+    # The pipeline's own remat goes around a repeat and the slice of its weights; blocks need none.
+    one = Period(dataclasses.replace(config, remat='none'), self.layout, cut.period, parent=None)
+
+    def apply(weights, numbers, x_BTD, context):
+      x_BTD, (_, aux) = one.apply({'params': weights}, x_BTD, context, *numbers, caches)
+      return x_BTD, aux
+
+    policy = lookup(REMAT, config.remat, 'remat policy')
+    policy = policy(config.remat_names) if policy else jax.checkpoint_policies.save_anything_except_these_names(
+        stages.WEIGHTS)
+    x_BTD, aux = stages.run(apply, self.variables['params']['period'], x_BTD, context, (layers, windows), cut.repeats,
+                              self.layout, policy)
+    return x_BTD, caches, aux
+
 
 # ---- parameters of a stack, layer by layer -----------------------------------------------------------------------
 
 
-def _places(config: ModelConfig) -> dict[str, tuple[str, int | None]]:
-  """{path of a layer with scan=False: (path with scan=True, index into the first dim)}, of all stacks of a model."""
+def _places(config: ModelConfig, layout: Layout | None = None) -> dict[str, tuple[str, int | None]]:
+  """{path of a layer with scan=False: (path with scan=True, index into the first dim)}, of all stacks of a model.
+
+  Args:
+    layout: where a pipeline's layers lie in memory; None: in their order.
+  """
   places = {}
   for tower, its_config in config.towers().items():
     cut = segments(its_config.layer_kinds())
+    at = stages.places(cut.repeats, layout) if layout else np.arange(cut.repeats)
     for layer in range(1 if its_config.share_layers else its_config.num_layers):
       place, index = cut.path(layer)
-      places[f'{tower}stack/layer_{layer}/'] = f'{tower}stack/{place}/', None if its_config.share_layers else index
+      index = None if index is None or its_config.share_layers else int(at[index])
+      places[f'{tower}stack/layer_{layer}/'] = f'{tower}stack/{place}/', index
   return places
 
 
-def unstack(params: Tree, config: ModelConfig) -> Tree:
-  """Parameters of a scanned model as those of the same model with scan=False."""
+def unstack(params: Tree, config: ModelConfig, layout: Layout | None = None) -> Tree:
+  """Parameters of a scanned model, as they lie in memory, as those of the same model with scan=False."""
   leaves, out, done = trees.flatten(params), {}, set()
-  for single, (place, index) in _places(config).items():
+  for single, (place, index) in _places(config, layout).items():
     for path, leaf in leaves.items():
       if path.startswith(place):
         out[single + path[len(place):]] = leaf if index is None else leaf[index]

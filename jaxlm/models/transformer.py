@@ -130,7 +130,7 @@ class Tower(nn.Module):
     if side.queries is not None:
       num_keys = tokens.order.shape[1]
       tokens = jax.tree.map(lambda k, q: jnp.concatenate([k, q], axis=1), tokens, side.queries)
-    x_BTD = self.layout.constrain(x_BTD, 'act_batch', 'act_length', 'act_embed')
+    x_BTD = self.layout.constrain(x_BTD, 'act_batch', 'act_stream', 'act_embed')
     context = Context(tokens, side.slots_BT, *self._rotations(tokens, side), self._bias(), side.keys_B, source,
                       num_keys)
     x_BTD, cache, aux = self.stack(x_BTD, context, cache)
@@ -155,11 +155,12 @@ class Tower(nn.Module):
     if positions.kind == 'alibi':
       slopes_N = jnp.asarray(alibi_slopes(config.attention.num_heads))
       if positions.alibi_rounded:
-        return Bias(rounded_alibi_bias, (slopes_N, jnp.float32(positions.alibi_scale)))
-      return Bias(alibi_bias, slopes_N * positions.alibi_scale)
+        return Bias(rounded_alibi_bias, (slopes_N, jnp.float32(positions.alibi_scale)), (('act_heads',), ()))
+      return Bias(alibi_bias, slopes_N * positions.alibi_scale, (('act_heads',),))
     if positions.kind == 'buckets':
       two_sided = config.visibility != 'causal'  # an order lets some see what comes after
-      return Bias(BucketBias(positions.num_buckets, positions.max_distance, two_sided), self.relative_bias.embedding)
+      return Bias(BucketBias(positions.num_buckets, positions.max_distance, two_sided), self.relative_bias.embedding,
+                  ((None, 'act_heads'),))
     return None
 
   def features(self, hidden: Array) -> Array:
@@ -355,7 +356,8 @@ def _side(batch: dict[str, Array], start: str, visibility: str, keys_B: Array | 
   count_BT = _columns(ids_BT)
   positions_BT = batch.get(start + 'positions', count_BT)
   slots_BT = batch.get('slots', positions_BT)
-  orders = {'full': lambda: zeros_BT, 'causal': lambda: (slots_BT if cached else count_BT) + 1,
+  time_BT = slots_BT if cached or not start and 'slots' in batch else count_BT
+  orders = {'full': lambda: zeros_BT, 'causal': lambda: time_BT + 1,
             'order': lambda: batch['order']}
   tokens = Tokens(orders[visibility](), batch.get(start + 'segment_ids', ones_BT), positions_BT,
                   batch.get('token_types', zeros_BT))

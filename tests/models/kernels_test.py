@@ -9,6 +9,7 @@ from jax.sharding import AxisType, PartitionSpec
 
 from jaxlm.models import kernels
 from jaxlm.models.kernels import Bias, Visibility
+from jaxlm.models.ring import KERNELS
 
 B, T, N, H = 2, 13, 4, 4
 SCALE, BLOCK = 0.7, 4
@@ -129,7 +130,7 @@ def output_and_gradients(kernel, v, q, k, v_, grad, softcap=0.0, biased=False, b
 @functools.partial(jax.jit, static_argnames=('window', 'softcap', 'biased'))
 def of_all_kernels(v, *x, window, softcap, biased):
   v = v.replace(window=window) if window else v
-  return {name: output_and_gradients(kernel, v, *x, softcap, biased) for name, kernel in kernels.KERNELS.items()}
+  return {name: output_and_gradients(kernel, v, *x, softcap, biased) for name, kernel in KERNELS.items()}
 
 
 def run_kernels(v, x, softcap=0.0, biased=False):
