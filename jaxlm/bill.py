@@ -1,0 +1,393 @@
+"""The bill before the job: what a step and a run cost on devices that are not there, read from the compiled program."""
+import collections
+import dataclasses
+import math
+from typing import Any, Mapping
+
+import jax
+import numpy as np
+
+from jaxlm import config as config_module
+from jaxlm import hardware, liveness, objectives, sharding, train, trees
+from jaxlm.data.tokenizers import Vocab
+from jaxlm.hlo import Message, Program
+from jaxlm.models import cost, stages
+from jaxlm.models.stack import init_cache
+from jaxlm.types import JaxlmError
+
+LIMIT = 2048  # devices that one process can simulate; the CPU backend fails beyond
+
+# Mesh axes whose messages need not be waited for: weights and gradients, and what a ring or a pipeline passes on.
+OVERLAPPED = ('replica', 'data', 'fsdp', 'seq', 'pipe')
+BATCH_AXES = ('replica', 'data', 'fsdp')
+
+
+@dataclasses.dataclass(frozen=True)
+class Assumptions:
+  """What no program tells.
+
+  Attributes:
+    efficiency: share of its peak at which a device multiplies matrices.
+    sustained_tflops: model TFLOP/s a device, where they are known; then step times follow from them alone. 0: not known.
+    price_per_hour: of a device; 0: not known.
+    pue: energy of the building over that of the devices.
+    kg_per_kwh: CO2e.
+    tokens: of the whole job; 0: what the config trains on.
+  """
+  efficiency: float = 0.7
+  sustained_tflops: float = 0.0
+  price_per_hour: float = 0.0
+  pue: float = 1.1
+  kg_per_kwh: float = 0.4
+  tokens: float = 0.0
+
+
+def make(config: Any, hardware_name: str, devices: int, assumptions: Assumptions = Assumptions()) -> dict[str, Any]:
+  """The bill of a config.
+
+  Args:
+    config: validated.
+    hardware_name: a row of hardware.HARDWARE.
+    devices: how many; 0: as many as config.mesh multiplies out to.
+  Returns:
+    What plan.json holds; `how` says of each part whether it was measured from the program, or by which formula.
+  Raises:
+    JaxlmError: a mesh that does not multiply out or divide, more devices than can be simulated, unknown hardware.
+  """
+  row = hardware.named(hardware_name)
+  dtype = config.precision.compute
+  peak = hardware.peak(row, hardware_name, dtype)
+  sizes = _sizes(config, devices)
+  devices = math.prod(sizes.values())
+  small = shrunk(sizes)
+  ratio = devices // math.prod(small.values())
+  step = compiled(config, small, ratio)
+  program, parts = step.program, step.parts
+  model, shapes = parts.model, parts.shapes
+  model_flops = cost.flops_per_row(model.config, parts.lengths) * config.batch_size
+
+  dots = program.dots()
+  per_device = sum(dot.flops * dot.times for dot in dots)
+  uncounted = any(not dot.counted for dot in dots)
+  if uncounted:  # the kernel's loops visit what the mask lets them: by formula
+    per_device = sum(dot.flops * dot.times for dot in dots if dot.counted) + _attention_flops(model.config, parts.lengths,
+                                                                                              config) / devices
+  memory = _memory(shapes, step, dtype)
+  messages = [_rescaled(message, small, sizes) for message in program.messages()]
+  links = _links(messages, sizes, row, dtype, config.precision.params)
+  local_s = per_device / (peak * assumptions.efficiency) + _traffic(program, dtype) / row.bandwidth
+  waited = sum(link['seconds'] for link in links if not link['overlapped'])
+  beside = sum(link['seconds'] for link in links if link['overlapped'])
+  step_s = max(local_s, beside) + waited
+  if assumptions.sustained_tflops:
+    step_s = model_flops / (devices * assumptions.sustained_tflops * 1e12)
+  tokens_per_step = config.batch_size * config.seq_len
+  tokens = assumptions.tokens or float(tokens_per_step * config.steps)
+  S, R, M = stages.sizes(shapes.layout)
+  schedule = dict(stages=S, microbatches=M, repeats=R, bubble=(S - 1) / (R * M + S - 1))
+  if S > 1:
+    stacks = {path.partition('stack/period')[0]: shapes.layers(path) for path in trees.flatten(shapes.state.params)
+              if shapes.layers(path)}
+    schedule['missing_layers'] = sum(int((stages.order(n, shapes.layout) < 0).sum()) for n in stacks.values())
+  hours = tokens / tokens_per_step * step_s / 3600
+  kwh = hours * devices * row.watts / 1000 * assumptions.pue
+  plain = shapes.saved.params
+  return dict(
+      params_total=trees.count(plain), devices=devices, bytes_per_device=memory['total'], flops_per_step=model_flops,
+      step_s=step_s, hardware=hardware_name, fits=memory['total'] <= row.memory,
+      mesh={axis: n for axis, n in sizes.items() if n > 1}, compiled_devices=math.prod(small.values()),
+      compile_s=step.seconds, parameters=cost.parameters_by_part(plain), memory=memory,
+      flops=dict(model_per_token=model_flops / tokens_per_step, model_per_step=model_flops,
+                 program_per_step=per_device * devices, program_over_model=per_device * devices / model_flops,
+                 loops_by_formula=uncounted),
+      messages=links, pipeline=schedule,
+      time=dict(arithmetic_s=per_device / (peak * assumptions.efficiency), memory_s=_traffic(program, dtype) / row.bandwidth,
+                messages_beside_s=beside, messages_waited_s=waited, step_s=step_s, tokens_per_s=tokens_per_step / step_s,
+                mfu=model_flops / step_s / (devices * peak), tflops_per_device=model_flops / step_s / devices / 1e12),
+      job=dict(tokens=tokens, flops=model_flops / tokens_per_step * tokens, days=hours / 24, device_hours=hours * devices,
+               money=hours * devices * assumptions.price_per_hour, kwh=kwh, co2e_kg=kwh * assumptions.kg_per_kwh),
+      inference=_inference(model.config, plain, row, peak, config), assumptions=dataclasses.asdict(assumptions),
+      how=_how(sizes, small, dtype, uncounted, assumptions))
+
+
+# ---- the mesh ----------------------------------------------------------------------------------------------------
+
+
+def _sizes(config: Any, devices: int) -> dict[str, int]:
+  if not devices:
+    fixed = [n for n in config.mesh.values() if n != -1]
+    if len(fixed) < len(config.mesh):
+      raise JaxlmError('--devices is missing; config.mesh leaves one axis open (-1), so it does not tell how many there '
+                       'are.')
+    devices = math.prod(fixed)
+  return sharding.mesh_sizes(config.mesh, devices)
+
+
+def shrunk(sizes: Mapping[str, int]) -> dict[str, int]:
+  """The mesh that is compiled in the place of one too large to simulate: only `data` and `replica` are smaller.
+
+  Raises:
+    JaxlmError: it is too large even so.
+  """
+  found = dict(sizes)
+  for axis in ('data', 'replica'):
+    others = math.prod(found.values()) // found[axis]
+    if others * found[axis] > LIMIT:
+      fit = [n for n in range(1, found[axis] + 1) if found[axis] % n == 0 and n * others <= LIMIT]
+      found[axis] = max(fit, default=1)
+  if math.prod(found.values()) > LIMIT:
+    told = ' × '.join(f'{axis}={n}' for axis, n in sizes.items() if n > 1)
+    raise JaxlmError(f'{told} are more devices than the {LIMIT} that can be simulated, and only data and replica can be '
+                     'compiled smaller; plan with fewer on the other axes.')
+  return found
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+  """A compiled step, and the sizes it was compiled with."""
+  parts: train.Parts
+  program: Program
+  measured: float
+  seconds: float
+
+
+def compiled(config: Any, sizes: Mapping[str, int], ratio: int = 1) -> Step:
+  """The true step of a config on simulated devices, in float32, for its rows a device.
+
+  Args:
+    ratio: by how much fewer devices there are than the batch is for.
+  """
+  import time
+  count = math.prod(sizes.values())
+  local = config.copy_and_resolve_references()
+  with local.unlocked():
+    local.mesh.update(sizes)
+    local.update(batch_size=config.batch_size // ratio, batch_ramp=())
+    local.precision.compute = 'float32'
+    local.sharding.offload_optimizer = False
+  if config.batch_size % ratio:
+    raise JaxlmError(f'config.batch_size={config.batch_size} does not divide by the {ratio} parts of the mesh that are '
+                     'compiled as one; choose another batch size, or fewer devices.')
+  _simulate(count)
+  layout = sharding.layout_of(local, jax.devices()[:count])
+  parts = train.assemble(local, layout, stand_in(config))
+  batch = {key: jax.ShapeDtypeStruct((local.batch_size, *shape), dtype, sharding=layout.batch((local.batch_size, *shape)))
+           for key, (shape, dtype) in parts.batch.items()}
+  start = time.monotonic()
+  done = parts.step_fn.lower(parts.shapes.state, parts.shapes.frozen, batch).compile()
+  seconds = time.monotonic() - start
+  return Step(parts, Program(done.as_text(), layout.mesh.shape), done.memory_analysis().temp_size_in_bytes, seconds)
+
+
+def _simulate(count: int) -> None:
+  """Makes sure that there are so many devices; they must be asked for before the first is used."""
+  try:
+    jax.config.update('jax_platforms', 'cpu')
+    jax.config.update('jax_num_cpu_devices', count)
+  except RuntimeError:
+    pass  # they are there already
+  if len(jax.devices()) < count:
+    raise JaxlmError(f'{count} devices are wanted and {len(jax.devices())} are there; plan in a new process, which can '
+                     f'simulate up to {LIMIT}.')
+
+
+def stand_in(config: Any) -> Vocab:
+  """A vocabulary of the right size with every role that the objective needs, for shapes alone."""
+  size = config.model.vocab_size or (258 if config.data.tokenizer == 'bytes' else config.data.vocab_size)
+  own = {f.name for f in dataclasses.fields(Vocab)} - {'size', 'others', 'pieces'}
+  roles = objectives.roles(config)
+  given = {name: i for i, name in enumerate(['bos', 'eos', 'pad', *[r for r in roles if r in own]])}
+  others = {role: len(given) + i for i, role in enumerate(r for r in roles if r not in own)}
+  return Vocab(size, **given, others=others)
+
+
+# ---- memory ------------------------------------------------------------------------------------------------------
+
+
+def _held(tree: Any) -> int:
+  """Bytes on each device, exactly, from the shardings."""
+  return sum(math.prod(x.sharding.shard_shape(x.shape)) * np.dtype(x.dtype).itemsize for x in jax.tree.leaves(tree))
+
+
+def _memory(shapes: train.Shapes, step: Step, dtype: str) -> dict[str, Any]:
+  state = shapes.state
+  gradients = sum(math.prod(s.shard_shape(x.shape)) * np.dtype(x.dtype).itemsize
+                  for x, s in zip(jax.tree.leaves(state.params), jax.tree.leaves(shapes.gradients)))
+  temporaries, buffers = liveness.fullest(step.program)
+  like_weights = {tuple(x.sharding.shard_shape(x.shape)) for x in jax.tree.leaves(state.params)}
+  like_weights |= {shape[1:] for shape in like_weights}
+  padded = {x.sharding.shard_shape(x.shape)[0] for path, x in trees.flatten(state.params).items()
+            if path in ('embed/embedding', 'head')}
+  classes: collections.Counter = collections.Counter()
+  scaled = 0.0
+  for buffer in buffers:
+    if tuple(buffer.dims) in like_weights:
+      kind, share = 'weights and their gradients', 1.0
+    elif buffer.dims and buffer.dims[-1] in padded:
+      kind, share = 'logits', 1.0
+    else:
+      kind, share = 'activations', 0.5 if dtype != 'float32' and buffer.kind == 'f32' else 1.0
+    classes[kind] += buffer.bytes
+    scaled += share * buffer.bytes
+  known = dict(parameters=_held(state.params) + _held(step.parts.shapes.frozen), optimizer=_held(state.opt_state),
+               average=_held(state.ema), gradients=gradients)
+  total = known['parameters'] + known['optimizer'] + known['average'] + scaled
+  return known | dict(temporaries=scaled, temporaries_float32=temporaries, temporaries_float32_measured=step.measured,
+                      temporaries_by_class=dict(classes), total=total)
+
+
+# ---- messages and time -------------------------------------------------------------------------------------------
+
+
+def _rescaled(message: Message, small: Mapping[str, int], sizes: Mapping[str, int]) -> Message:
+  grown = math.prod(sizes[axis] // small[axis] for axis in message.axes)
+  return message if message.kind == 'collective-permute' else dataclasses.replace(message, size=message.size * grown)
+
+
+def _links(messages: list[Message], sizes: Mapping[str, int], row: hardware.Hardware, dtype: str,
+           params: str) -> list[dict[str, Any]]:
+  """Messages by kind and axes: how many, how much, over which links, how long."""
+  order = list(sizes)
+  stride = {axis: math.prod(sizes[a] for a in order[i + 1:]) for i, axis in enumerate(order)}
+  found: dict[tuple, dict[str, Any]] = {}
+  for message in messages:
+    weights = set(message.axes) <= set(BATCH_AXES)
+    itemsize = {'float32': 1.0, 'bfloat16': 0.5}[params if weights else dtype]
+    near = all(stride[axis] * sizes[axis] <= row.near for axis in message.axes)
+    entry = found.setdefault((message.kind, message.axes, message.emitted), dict(
+        kind=message.kind, axes=list(message.axes), emitted=message.emitted, devices=message.size, times=0, bytes=0.0,
+        sent=0.0, links='near' if near else 'far', overlapped=set(message.axes) <= set(OVERLAPPED), seconds=0.0))
+    entry['times'] += message.times
+    entry['bytes'] += message.times * message.bytes * itemsize
+    entry['sent'] += message.times * message.sent * itemsize
+    entry['seconds'] += message.times * message.sent * itemsize / (row.fast if near else row.slow)
+  return sorted(found.values(), key=lambda entry: -entry['sent'])
+
+
+def _traffic(program: Program, dtype: str) -> float:
+  """Bytes that a step reads and writes beside its products' own: results of everything that is no product, twice."""
+  share = 1.0 if dtype == 'float32' else 0.5
+  total = 0.0
+  fused = {name for instructions in program.computations.values() for x in instructions.values()
+           if x.opcode == 'fusion' for name in program.called(x)}
+  for computation, x, times, _ in program.walk():
+    if computation not in fused and x.opcode in ('fusion', 'reduce', 'copy', 'transpose', 'dot', 'concatenate'):
+      total += 2 * share * x.bytes * times
+  return total
+
+
+def _attention_flops(config: Any, lengths: Mapping[str, int], given: Any) -> float:
+  """Of a step: scores and their values as the mask requires, forward once (twice with remat), backward two and a half
+  times, as the blockwise kernels compute them."""
+  columns = lengths['tokens']
+  forward = sum(4.0 * columns * config.attention.num_heads * config.attention.head_dim
+                * cost.attended(columns, config.window(layer), config.visibility) for layer in range(config.num_layers))
+  return forward * given.batch_size * (3.5 if config.remat == 'none' else 4.5)
+
+
+# ---- answering ---------------------------------------------------------------------------------------------------
+
+
+def _inference(config: Any, params: Any, row: hardware.Hardware, peak: float, given: Any) -> dict[str, Any]:
+  """Of one replica on the fewest near devices that hold the weights and a row's cache, in the compute dtype."""
+  if config.visibility == 'full' or not config.head.lm:
+    return {}
+  item = 4 if given.precision.compute == 'float32' else 2
+  weights, length = trees.count(params) * item, given.seq_len
+  cached = lambda n: sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(
+      jax.eval_shape(lambda: init_cache(dataclasses.replace(config, compute_dtype=given.precision.compute), 1, n, n))))
+  cache = cached(length)
+  devices = max(1, math.ceil((weights + cache) / (0.9 * row.memory)))
+  forward = cost.flops_per_row(config, {'tokens': length, 'source_tokens': length}
+                               if config.structure == 'encoder_decoder' else {'tokens': length}, training=False)
+  rate = row.bandwidth * devices
+  return dict(devices=devices, weight_bytes=weights, cache_bytes_per_row=cache,
+              cache_bytes_per_token=cache - cached(length - 1), prefill_s=forward / (peak * devices),
+              decode_tokens_per_s={str(rows): rows * rate / (weights + rows * cache) for rows in (1, 8, 64)})
+
+
+# ---- words -------------------------------------------------------------------------------------------------------
+
+
+def _how(sizes: Mapping[str, int], small: Mapping[str, int], dtype: str, uncounted: bool,
+         assumptions: Assumptions) -> dict[str, str]:
+  """Where each part of the bill comes from."""
+  found = {
+      'parameters, memory.parameters, optimizer, average, gradients': 'exact, from the shardings',
+      'memory.temporaries_float32': "modelled: buffers of the compiled float32 program's schedule, from first writing to "
+                                    'last reading; beside it what the compiler itself says',
+      'memory.temporaries': 'the same, activations at half for a 16-bit compute dtype: formula' if dtype != 'float32'
+                            else 'the same',
+      'flops.model_per_step': 'formula: matrix products as the mask requires, backward twice the forward',
+      'flops.program_per_step': 'measured from the program: its products times the rounds of their loops' + (
+          '; attention by formula, for its loops depend on the data' if uncounted else ''),
+      'messages': "measured from the program: bytes and rounds; an all-reduce of which each device keeps its part counts as "
+                  'a reduce-scatter (`emitted` says what the CPU compiler wrote); sizes of elements by dtype: weights and '
+                  'gradients as the parameters, the rest as computed',
+      'time': 'modelled: max(products / (peak · efficiency) + traffic / bandwidth, messages that need not be waited for) + '
+              'those that must be; links by data sheet, ring algorithms' if not assumptions.sustained_tflops else
+              'formula: model FLOPs / (devices · sustained_tflops)',
+      'inference': 'formula: one replica; prefill by arithmetic at peak, decoding by reading weights and cache once a token',
+  }
+  if small != dict(sizes):
+    told = ' × '.join(f'{axis}={n}' for axis, n in small.items() if n > 1)
+    found['compiled_devices'] = (f'more than {LIMIT} devices cannot be simulated: compiled for {told} at the same rows a '
+                                 'device, groups of devices rescaled')
+  return found
+
+
+def _amount(x: float, unit: str = '') -> str:
+  """1.75e11 as '175 B' (bytes: 'GB')."""
+  steps = ((1e24, 'Y'), (1e21, 'Z'), (1e18, 'E'), (1e15, 'P'), (1e12, 'T'), (1e9, 'G'), (1e6, 'M'), (1e3, 'k'))
+  for size, letter in steps:
+    if abs(x) >= size:
+      return f'{x / size:.3g} {letter}{unit}'
+  return f'{x:.3g} {unit}'.strip()
+
+
+def table(found: Mapping[str, Any]) -> str:
+  """A bill as people read it; m: measured from the program, x: exact from shapes, f: by a formula."""
+  memory, flops, time, job, pipeline = (found[key] for key in ('memory', 'flops', 'time', 'job', 'pipeline'))
+  mesh = ' × '.join(f'{axis}={n}' for axis, n in found['mesh'].items()) or 'one device'
+  lines = [('', 'devices', f'{found["devices"]:,} {found["hardware"]} ({mesh}), compiled for '
+                           f'{found["compiled_devices"]:,} in {found["compile_s"]:.0f} s'),
+           ('x', 'parameters', f'{found["params_total"]:,}: ' + ', '.join(
+               f'{name} {_amount(n)}' for name, n in sorted(found['parameters'].items(), key=lambda p: -p[1]))),
+           ('f', 'model FLOPs', f'{_amount(flops["model_per_token"])} a token, {_amount(flops["model_per_step"])} a step'),
+           ('f' if flops['loops_by_formula'] else 'm', 'program FLOPs',
+            f'{_amount(flops["program_per_step"])} a step, {flops["program_over_model"]:.2f} of the model\'s')]
+  for key in ('parameters', 'optimizer', 'average', 'gradients'):
+    lines.append(('x', f'bytes a device: {key}', _amount(memory[key], 'B')
+                  + (' (among the temporaries)' if key == 'gradients' else '')))
+  lines += [('f', 'bytes a device: temporaries', f'{_amount(memory["temporaries"], "B")}; in float32 '
+             f'{_amount(memory["temporaries_float32"], "B")}, the compiler says '
+             f'{_amount(memory["temporaries_float32_measured"], "B")}; ' + ', '.join(
+                 f'{name} {_amount(n, "B")}' for name, n in memory['temporaries_by_class'].items())),
+            ('f', 'bytes a device: together', f'{_amount(memory["total"], "B")}, '
+             + ('fits' if found['fits'] else 'DOES NOT FIT'))]
+  for link in found['messages']:
+    if link['sent'] > 1e-3 * max(m['sent'] for m in found['messages']):
+      lines.append(('m', f'{link["kind"]} over {" × ".join(link["axes"])}',
+                    f'{link["times"]:,} of {link["devices"]:,} devices, {_amount(link["sent"], "B")} sent by each, '
+                    f'{link["links"]} links, {link["seconds"]:.3g} s' + ('' if link['overlapped'] else ', waited for')))
+  if pipeline['stages'] > 1:
+    lines.append(('f', 'pipeline', f'{pipeline["stages"]} stages, {pipeline["microbatches"]} microbatches, '
+                  f'{pipeline["repeats"]} rounds: bubble {pipeline["bubble"]:.1%}; {pipeline["missing_layers"]} identities in '
+                  'the place of layers'))
+  lines += [('f', 'step', f'{time["step_s"]:.3g} s: products {time["arithmetic_s"]:.3g}, traffic {time["memory_s"]:.3g}, '
+             f'messages {time["messages_beside_s"]:.3g} beside them and {time["messages_waited_s"]:.3g} waited for'),
+            ('f', 'speed', f'{_amount(time["tokens_per_s"])} tokens/s, {time["tflops_per_device"]:.3g} TFLOP/s a device, '
+             f'MFU {time["mfu"]:.1%}'),
+            ('f', 'job', f'{_amount(job["tokens"])} tokens, {_amount(job["flops"])}FLOP, {job["days"]:.3g} days, '
+             f'{_amount(job["device_hours"])} device-hours, ' + (f'{job["money"]:,.0f} in money, ' if job['money'] else '')
+             + f'{_amount(job["kwh"])} kWh, {_amount(job["co2e_kg"])} kg CO2e')]
+  if answer := found['inference']:
+    speeds = ', '.join(f'{speed:.3g} at batch {rows}' for rows, speed in answer['decode_tokens_per_s'].items())
+    lines.append(('f', 'answering', f'on {answer["devices"]}: cache {_amount(answer["cache_bytes_per_token"], "B")} a token, '
+                  f'prefill {answer["prefill_s"]:.3g} s, decoding tokens/s {speeds}'))
+  width = max(len(name) for _, name, _ in lines)
+  told = [f'{how or " "}  {name.ljust(width)}  {text}' for how, name, text in lines]
+  notes = [f'{key}: {text}' for key, text in found['how'].items()]
+  given = ', '.join(f'{key} {value:g}' for key, value in found['assumptions'].items() if value)
+  return '\n'.join(['m measured from the program, x exact from shapes, f by a formula', *told, '', *notes,
+                    f'assumed: {given}'])

@@ -1,0 +1,264 @@
+"""A compiled program, read: its products and messages, counted as often as loops run them."""
+import dataclasses
+import functools
+import itertools
+import math
+import re
+from typing import Iterator, Mapping, Sequence
+
+import numpy as np
+
+ITEM_BYTES = {'pred': 1, 's4': 0.5, 'u4': 0.5, 's8': 1, 'u8': 1, 's16': 2, 'u16': 2, 'f16': 2, 'bf16': 2, 's32': 4,
+              'u32': 4, 'f32': 4, 's64': 8, 'u64': 8, 'f64': 8, 'c64': 8, 'c128': 16, 'token': 0}
+COLLECTIVES = ('all-gather', 'all-reduce', 'reduce-scatter', 'all-to-all', 'collective-permute')
+
+_COMPUTATION = re.compile(r'^(ENTRY )?%?([\w.\-]+) .*\{$')
+_INSTRUCTION = re.compile(r'^\s+(ROOT )?%?([\w.\-]+) = (\(.*?\)|[a-z]\w*\[[\d,]*\](?:\{[^}]*\})?) ([\w\-]+)\((.*)$')
+_SHAPE = re.compile(r'([a-z]\w*)\[([\d,]*)\]')
+
+
+@dataclasses.dataclass(frozen=True)
+class Instruction:
+  """One operation of a program.
+
+  Attributes:
+    shapes: (type, dims) of its result; several of a tuple.
+    operands: names.
+    inside: what stands in the parentheses: the operands, or a parameter's number.
+    text: what follows: attributes and metadata.
+  """
+  name: str
+  opcode: str
+  shapes: tuple[tuple[str, tuple[int, ...]], ...]
+  operands: tuple[str, ...]
+  inside: str
+  text: str
+
+  @property
+  def bytes(self) -> float:
+    return sum(ITEM_BYTES.get(kind, 1) * math.prod(dims) for kind, dims in self.shapes)
+
+  @property
+  def source(self) -> str:
+    """Where in the model it comes from: jit(step)/…/stack/…"""
+    found = re.search(r'op_name="([^"]*)"', self.text)
+    return found[1] if found else ''
+
+  def numbers(self, attribute: str) -> tuple[int, ...]:
+    """What stands in braces after an attribute: lhs_contracting_dims={1,2}."""
+    found = re.search(rf'{attribute}=\{{([\d,]*)\}}', self.text)
+    return tuple(map(int, filter(None, found[1].split(',')))) if found else ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Dot:
+  """A matrix product of one device.
+
+  Attributes:
+    flops: of one run, a multiply-add counted as two.
+    times: how often the program runs it.
+    counted: False inside a loop whose number of rounds depends on data: `times` then counts one round.
+  """
+  flops: float
+  times: int
+  counted: bool
+  source: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Message:
+  """A collective of one device.
+
+  Attributes:
+    kind: one of COLLECTIVES; an all-reduce of which each device then takes its part is a reduce-scatter, which the CPU's
+      compiler never emits itself.
+    bytes: of the whole: what is gathered, reduced, exchanged or passed on.
+    axes: mesh axes along which it goes.
+    size: devices in a group.
+    times: how often.
+    emitted: the kind as it stands in the program.
+  """
+  kind: str
+  bytes: float
+  axes: tuple[str, ...]
+  size: int
+  times: int
+  emitted: str
+  source: str
+
+  @property
+  def sent(self) -> float:
+    """Bytes that a device sends each time, by the ring algorithm."""
+    share = (self.size - 1) / self.size
+    return self.bytes * {'all-reduce': 2 * share, 'collective-permute': 1.0}.get(self.kind, share)
+
+
+class Program:
+  """A compiled program's text, `compiled.as_text()`.
+
+  Args:
+    text: after partitioning: what one device runs.
+    mesh: {axis: size} in the order in which devices are numbered.
+  """
+
+  def __init__(self, text: str, mesh: Mapping[str, int]):
+    self.mesh = dict(mesh)
+    self.computations: dict[str, dict[str, Instruction]] = {}
+    self._root: dict[str, str] = {}
+    self.entry = ''
+    # Which result takes which argument's memory, {number of the result: of the argument}.
+    self.donated: dict[int, int] = {}
+    here: dict[str, Instruction] = {}
+    for line in text.splitlines():
+      if found := _INSTRUCTION.match(line):
+        root, name, shape, opcode, rest = found.groups()
+        inside, outside = _split(rest)
+        shapes = tuple((kind, tuple(map(int, filter(None, dims.split(','))))) for kind, dims in _SHAPE.findall(shape))
+        here[name] = Instruction(name, opcode, shapes, tuple(re.findall(r'%([\w.\-]+)', inside)), inside, outside)
+        if root:
+          self._root[current] = name
+      elif line.startswith('HloModule'):
+        self.donated = {int(to): int(of) for to, of in re.findall(r'\{(\d+)\}: \((\d+), \{\}', line)}
+      elif found := _COMPUTATION.match(line):
+        current = found[2]
+        here = self.computations[current] = {}
+        self.entry = current if found[1] else self.entry
+
+  def walk(self) -> Iterator[tuple[str, Instruction, int, bool]]:
+    """(computation, instruction, how often it runs, whether all loops around it tell how often)."""
+    def visit(name: str, times: int, counted: bool):
+      for instruction in self.computations[name].values():
+        yield name, instruction, times, counted
+        if instruction.opcode == 'while':
+          rounds = re.search(r'known_trip_count":\{"n":"(\d+)"', instruction.text)
+          n = int(rounds[1]) if rounds else 1
+          for called in self.called(instruction):
+            yield from visit(called, times * n, counted and rounds is not None)
+        elif instruction.opcode in ('call', 'fusion', 'conditional', 'async-start'):
+          for called in self.called(instruction):
+            yield from visit(called, times, counted)
+    yield from visit(self.entry, 1, True)
+
+  def root(self, computation: str) -> str:
+    """The name of what a computation returns."""
+    return self._root[computation]
+
+  def called(self, instruction: Instruction) -> list[str]:
+    """The computations that an instruction runs."""
+    found = re.findall(r'(?:calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.\-]+)',
+                       instruction.text)
+    branches = re.search(r'branch_computations=\{([^}]*)\}', instruction.text)
+    return [name for name in found + (re.findall(r'[\w.\-]+', branches[1]) if branches else [])
+            if name in self.computations]
+
+  def dots(self) -> list[Dot]:
+    """Every matrix product."""
+    found = []
+    for computation, x, times, counted in self.walk():
+      if x.opcode == 'dot':
+        _, left = self.computations[computation][x.operands[0]].shapes[0]
+        inner = math.prod(left[dim] for dim in x.numbers('lhs_contracting_dims'))
+        found.append(Dot(2.0 * math.prod(x.shapes[0][1]) * inner, times, counted, x.source))
+    return found
+
+  def messages(self) -> list[Message]:
+    """Every collective between devices."""
+    found = []
+    for computation, x, times, _ in self.walk():
+      emitted = x.opcode.removesuffix('-start')
+      if emitted not in COLLECTIVES:
+        continue
+      here = self.computations[computation]
+      size, axes = self._group(x)
+      if size == 1:
+        continue
+      operands = sum(here[name].bytes for name in x.operands if name in here)
+      whole = {'all-gather': operands * size, 'all-to-all': operands}.get(emitted, operands)
+      kind = 'reduce-scatter' if emitted == 'all-reduce' and self._is_sliced(computation, x, size) else emitted
+      found.append(Message(kind, whole, axes, size, times, emitted, x.source))
+    return found
+
+  # ---- groups of devices -------------------------------------------------------------------------------------------
+
+  def _group(self, x: Instruction) -> tuple[int, tuple[str, ...]]:
+    """(devices in a group, mesh axes along which they differ)."""
+    if x.opcode.startswith('collective-permute'):
+      pairs = re.search(r'source_target_pairs=\{(.*?)\}\}', x.text)
+      ends = [tuple(map(int, pair.split(','))) for pair in re.findall(r'\{?(\d+,\d+)', pairs[1])] if pairs else []
+      return (2, self._axes_between(ends)) if ends else (1, ())
+    return self._group_of(re.search(r'replica_groups=(.*?)(?:, [a-z_]+=|$)', x.text)[1])
+
+  @functools.lru_cache(maxsize=None)
+  def _group_of(self, text: str) -> tuple[int, tuple[str, ...]]:
+    first = _first_group(text, math.prod(self.mesh.values()))
+    return len(first), self._axes_between([(first[0], other) for other in first[1:]])
+
+  def _axes_between(self, pairs: Sequence[tuple[int, int]]) -> tuple[str, ...]:
+    sizes = tuple(self.mesh.values())
+    a, b = (np.array(np.unravel_index(np.array(side, int), sizes)) for side in zip(*pairs)) if pairs else ([], [])
+    return tuple(axis for i, axis in enumerate(self.mesh) if len(a) and (a[i] != b[i]).any())
+
+  # ---- what happens to a result ------------------------------------------------------------------------------------
+
+  @functools.cached_property
+  def _users(self) -> dict[str, dict[str, list[Instruction]]]:
+    users: dict[str, dict[str, list[Instruction]]] = {}
+    for name, instructions in self.computations.items():
+      of = users[name] = {}
+      for x in instructions.values():
+        for operand in x.operands:
+          of.setdefault(operand, []).append(x)
+    return users
+
+  def _is_sliced(self, computation: str, x: Instruction, size: int) -> bool:
+    """Whether every device goes on with its own part of a result alone."""
+    def parts(computation: str, x: Instruction, depth: int = 0) -> bool:
+      users = self._users[computation].get(x.name, [])
+      return bool(users) and depth < 6 and all(only_part(computation, user, x, depth) for user in users)
+
+    def only_part(computation: str, user: Instruction, x: Instruction, depth: int) -> bool:
+      if user.opcode == 'dynamic-slice':
+        return user.bytes * size <= x.bytes * 1.01
+      if user.opcode in ('bitcast', 'copy', 'reshape', 'transpose', 'convert', 'get-tuple-element'):
+        return parts(computation, user, depth + 1)
+      if user.opcode == 'fusion':
+        (called,) = self.called(user)
+        inside = {int(y.inside): y for y in self.computations[called].values() if y.opcode == 'parameter'}
+        return all(parts(called, inside[i], depth + 1) for i, name in enumerate(user.operands) if name == x.name)
+      return False
+    return parts(computation, x)
+
+
+def _split(rest: str) -> tuple[str, str]:
+  """('operands', 'attributes') of what follows an opcode's opening parenthesis."""
+  depth = 1
+  for i, c in enumerate(rest):
+    depth += (c == '(') - (c == ')')
+    if depth == 0:
+      return rest[:i], rest[i + 1:]
+  return rest, ''
+
+
+def _first_group(text: str, devices: int) -> list[int]:
+  """The first of the groups that `replica_groups` tells in one of its three forms; all devices where it tells none."""
+  if found := re.match(r"mesh\[([^\]]*)\]\s*\{(.*)\}", text):  # mesh['a'=4,'b'=2] {'a'}, or parts: {'a':(2)2}
+    sizes = {name: int(n) for name, n in re.findall(r"'?(\w+)'?=(\d+)", found[1])}
+    ids = np.arange(math.prod(sizes.values())).reshape(tuple(sizes.values()))
+    names, index = list(sizes), [slice(0, 1)] * len(sizes)
+    for name, before, size in re.findall(r"'?(\w+)'?(?::\((\d+)\)(\d+))?", found[2]):
+      if not size:
+        index[names.index(name)] = slice(None)
+      else:  # the middle of (before, size, rest)
+        rest = sizes[name] // (int(before) * int(size))
+        index[names.index(name)] = slice(0, int(size) * rest, rest)
+    return ids[tuple(index)].ravel().tolist()
+  if found := re.match(r'\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?', text):
+    groups, size = int(found[1]), int(found[2])
+    sizes = tuple(map(int, found[3].split(',')))
+    ids = np.arange(math.prod(sizes)).reshape(sizes)
+    if found[4]:
+      ids = ids.transpose(tuple(map(int, found[4].split(','))))
+    return ids.reshape(groups, size)[0].tolist()
+  if found := re.match(r'\{\{([\d,]+)\}', text):
+    return list(map(int, found[1].split(',')))
+  return list(itertools.chain(range(devices)))
