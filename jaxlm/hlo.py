@@ -186,7 +186,7 @@ class Program:
       pairs = re.search(r'source_target_pairs=\{(.*?)\}\}', x.text)
       ends = [tuple(map(int, pair.split(','))) for pair in re.findall(r'\{?(\d+,\d+)', pairs[1])] if pairs else []
       return (2, self._axes_between(ends)) if ends else (1, ())
-    return self._group_of(re.search(r'replica_groups=(.*?)(?:, [a-z_]+=|$)', x.text)[1])
+    return self._group_of(re.search(r'replica_groups=(mesh.*?\}|.*?)(?:, [a-z_]+=|$)', x.text)[1])
 
   @functools.lru_cache(maxsize=None)
   def _group_of(self, text: str) -> tuple[int, tuple[str, ...]]:
@@ -241,11 +241,16 @@ def _split(rest: str) -> tuple[str, str]:
 
 def _first_group(text: str, devices: int) -> list[int]:
   """The first of the groups that `replica_groups` tells in one of its three forms; all devices where it tells none."""
-  if found := re.match(r"mesh\[([^\]]*)\]\s*\{(.*)\}", text):  # mesh['a'=4,'b'=2] {'a'}, or parts: {'a':(2)2}
+  # mesh['a'=4,'b'=2] {'a'}; of parts of an axis, {'a':(2)2}; of devices in another order, device_ids=([2,4]T(1,0)).
+  if found := re.match(r"mesh\[([^\]]*)\](?:, device_ids=\((.*?)\))?\s*\{(.*)\}", text):
     sizes = {name: int(n) for name, n in re.findall(r"'?(\w+)'?=(\d+)", found[1])}
-    ids = np.arange(math.prod(sizes.values())).reshape(tuple(sizes.values()))
+    ids = np.arange(math.prod(sizes.values()))
+    if order := re.match(r'\[([\d,]+)\](?:T\(([\d,]+))?', found[2] or ''):
+      ids = ids.reshape(tuple(map(int, order[1].split(','))))
+      ids = ids.transpose(tuple(map(int, order[2].split(',')))) if order[2] else ids
+    ids = ids.reshape(tuple(sizes.values()))
     names, index = list(sizes), [slice(0, 1)] * len(sizes)
-    for name, before, size in re.findall(r"'?(\w+)'?(?::\((\d+)\)(\d+))?", found[2]):
+    for name, before, size in re.findall(r"'?(\w+)'?(?::\((\d+)\)(\d+))?", found[3]):
       if not size:
         index[names.index(name)] = slice(None)
       else:  # the middle of (before, size, rest)

@@ -82,7 +82,8 @@ def _logit_gradient(vocabulary: Vocabulary, logits_BTV: Array, targets_BT: Array
 def _by_chunk(vocabulary: Vocabulary, fn, carry: Tree, hidden_BTD: Array, targets_BT: Array, weights_BT: Array):
   """Scans `fn(carry, (hidden, targets, weights)) -> carry, outputs` over pieces of the length; outputs are [B, T, …].
 
-  Inside `fn`, T is the length of a piece.
+  Inside `fn`, T is the length of a piece. A piece has columns from everywhere: where the length is split over devices,
+  each has its share of every piece.
   """
   length = targets_BT.shape[1]
   pieces = -(-length // vocabulary.chunk)
@@ -90,12 +91,12 @@ def _by_chunk(vocabulary: Vocabulary, fn, carry: Tree, hidden_BTD: Array, target
 
   def cut(x):
     x = jnp.pad(x, ((0, 0), (0, pieces * size - length)) + ((0, 0),) * (x.ndim - 2))
-    return jnp.moveaxis(x.reshape(x.shape[0], pieces, size, *x.shape[2:]), 1, 0)
+    return jnp.moveaxis(x.reshape(x.shape[0], size, pieces, *x.shape[2:]), 2, 0)
 
   if pieces == 1:
     return fn(carry, (hidden_BTD, targets_BT, weights_BT))
   carry, outputs = jax.lax.scan(fn, carry, (cut(hidden_BTD), cut(targets_BT), cut(weights_BT)))
-  join = lambda y: jnp.moveaxis(y, 0, 1).reshape(y.shape[1], pieces * size, *y.shape[3:])[:, :length]
+  join = lambda y: jnp.moveaxis(y, 0, 2).reshape(y.shape[1], pieces * size, *y.shape[3:])[:, :length]
   return carry, jax.tree.map(join, outputs)
 
 
@@ -146,21 +147,26 @@ def _summed(loss_BT, nll_BT, correct_BT, weights_BT):
 
 
 def _cross_entropy_forward(vocabulary, hidden_BTD, w_VD, b_V, targets_BT, weights_BT):
+  # Gradients of weights have a first dim of devices that have rows of their own: each sums up what its rows say, and the
+  # sums are added once, not after every piece.
+  layout, parts = vocabulary.layout, vocabulary.layout.batch_parts
+  by_part = lambda x: x.reshape(parts, -1, *x.shape[1:])
+
   def piece(carry, inputs):
-    (dw_VD, db_V), (hidden_BTD, targets_BT, weights_BT) = carry, inputs
+    (dw_PVD, db_PV), (hidden_BTD, targets_BT, weights_BT) = carry, inputs
     dtype = hidden_BTD.dtype
     logits_BTV = _logits(vocabulary, hidden_BTD, w_VD, b_V)
     loss_BT, nll_BT, correct_BT, log_z_BT = _token_losses(vocabulary, logits_BTV, targets_BT)
     grad_BTV = _logit_gradient(vocabulary, logits_BTV, targets_BT, log_z_BT, weights_BT)
-    db_V = None if b_V is None else db_V + grad_BTV.sum((0, 1))
+    db_PV = None if b_V is None else layout.constrain(db_PV + by_part(grad_BTV).sum((1, 2)), 'act_batch', 'act_vocab')
     grad_BTV = grad_BTV.astype(dtype)
     dh_BTD = jnp.einsum('BTV,VD->BTD', grad_BTV, w_VD.astype(dtype))
-    dw_VD += jnp.einsum('BTV,BTD->VD', grad_BTV, hidden_BTD, preferred_element_type=jnp.float32)
-    return (dw_VD, db_V), (nll_BT, correct_BT, loss_BT, dh_BTD)
+    dw_PVD += jnp.einsum('PBTV,PBTD->PVD', by_part(grad_BTV), by_part(hidden_BTD), preferred_element_type=jnp.float32)
+    return (layout.constrain(dw_PVD, 'act_batch', 'act_vocab', None), db_PV), (nll_BT, correct_BT, loss_BT, dh_BTD)
 
-  zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), (w_VD, b_V))
-  (dw_VD, db_V), (nll_BT, correct_BT, loss_BT, dh_BTD) = _by_chunk(vocabulary, piece, zeros, hidden_BTD, targets_BT,
-                                                                   weights_BT)
+  zeros = jax.tree.map(lambda x: jnp.zeros((parts, *x.shape), jnp.float32), (w_VD, b_V))
+  sums, (nll_BT, correct_BT, loss_BT, dh_BTD) = _by_chunk(vocabulary, piece, zeros, hidden_BTD, targets_BT, weights_BT)
+  dw_VD, db_V = jax.tree.map(lambda x: x.sum(0), sums)
   grads = dw_VD.astype(w_VD.dtype), None if b_V is None else db_V.astype(b_V.dtype)
   return _summed(loss_BT, nll_BT, correct_BT, weights_BT), (dh_BTD, *grads, targets_BT, weights_BT)
 
