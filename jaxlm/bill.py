@@ -9,6 +9,7 @@ import numpy as np
 
 from jaxlm import config as config_module
 from jaxlm import hardware, liveness, objectives, sharding, train, trees
+from jaxlm.data import words
 from jaxlm.data.tokenizers import Vocab
 from jaxlm.hlo import Message, Program
 from jaxlm.models import cost, stages
@@ -107,7 +108,8 @@ def make(config: Any, hardware_name: str, devices: int, assumptions: Assumptions
       job=dict(tokens=tokens, flops=model_flops / tokens_per_step * tokens, days=hours / 24, device_hours=hours * devices,
                money=hours * devices * assumptions.price_per_hour, kwh=kwh, co2e_kg=kwh * assumptions.kg_per_kwh),
       inference=_inference(model.config, plain, row, peak, config), assumptions=dataclasses.asdict(assumptions),
-      how=_how(sizes, small, dtype, uncounted, assumptions))
+      how=_how(sizes, small, dtype, uncounted, bool(model.config.moe.num_experts) and model.config.moe.mode == 'dropless',
+               assumptions))
 
 
 # ---- the mesh ----------------------------------------------------------------------------------------------------
@@ -198,7 +200,8 @@ def stand_in(config: Any) -> Vocab:
   roles = objectives.roles(config)
   given = {name: i for i, name in enumerate(['bos', 'eos', 'pad', *[r for r in roles if r in own]])}
   others = {role: len(given) + i for i, role in enumerate(r for r in roles if r not in own)}
-  return Vocab(size, **given, others=others)
+  pieces = lambda: words.Pieces(*np.zeros((len(words.Pieces._fields), size), bool))
+  return Vocab(size, **given, others=others, pieces=pieces)
 
 
 # ---- memory ------------------------------------------------------------------------------------------------------
@@ -310,7 +313,7 @@ def _inference(config: Any, params: Any, row: hardware.Hardware, peak: float, gi
 
 
 def _how(sizes: Mapping[str, int], small: Mapping[str, int], dtype: str, uncounted: bool,
-         assumptions: Assumptions) -> dict[str, str]:
+         experts: bool, assumptions: Assumptions) -> dict[str, str]:
   """Where each part of the bill comes from."""
   found = {
       'parameters, memory.parameters, optimizer, average, gradients': 'exact, from the shardings',
@@ -329,6 +332,9 @@ def _how(sizes: Mapping[str, int], small: Mapping[str, int], dtype: str, uncount
               'formula: model FLOPs / (devices · sustained_tflops)',
       'inference': 'formula: one replica; prefill by arithmetic at peak, decoding by reading weights and cache once a token',
   }
+  if experts:
+    found['experts'] = ('the CPU multiplies rows of a dropless mixture with every expert: program_per_step and the times '
+                        'count those products, which other backends do not make')
   if small != dict(sizes):
     told = ' × '.join(f'{axis}={n}' for axis, n in small.items() if n > 1)
     found['compiled_devices'] = (f'more than {LIMIT} devices cannot be simulated: compiled for {told} at the same rows a '

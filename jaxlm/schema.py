@@ -439,6 +439,8 @@ SCHEMA: dict[str, Any] = dict(
         microbatches=Key(0, at_least(0)),            # parts a batch (or what accumulation leaves of it) goes through in;
         # 0: as many as there are stages
         repeats=Key(1, at_least(1)),                 # times each goes round all stages: 1 is GPipe's schedule
+        remat=Key('layer', choice('layer', 'stage')),  # where model.remat computes again: inputs of every layer are kept,
+        # or of a stage alone, all of whose layers' values exist then while it is; with repeats always the latter
     ),
 
     precision=dict(

@@ -97,9 +97,11 @@ class Schedule:
     microbatches: parts a batch is cut into; 0: as many as there are stages.
     repeats: times each goes round all stages; 1 is GPipe's, more make stages of layers that are not neighbours
       (interleaved, circular), and bubbles shorter.
+    remat: what is computed again at once, and kept one input of a microbatch for: a layer, or a whole stage.
   """
   microbatches: int = 0
   repeats: int = 1
+  remat: str = 'layer'
 
 
 @dataclasses.dataclass(frozen=True)

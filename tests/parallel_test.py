@@ -114,7 +114,7 @@ CASES = [
     ('mixture', dict(expert=4, data=2), {}, {}),
     ('decoder', dict(data=4, tensor=2), SEQUENCE | ZERO1, {}),
     ('decoder', dict(replica=2, fsdp=4), {}, {}),
-    ('decoder', dict(pipe=4, data=2), {'accumulation': 2} | REMAT, {'model.num_layers': 6}),  # uneven stages
+    ('decoder', dict(pipe=4, data=2), {'accumulation': 2, 'pipeline.remat': 'stage'} | REMAT, {'model.num_layers': 6}),
     # the rest only with the slow ones
     ('decoder', dict(seq=2, tensor=2, fsdp=2), RING, {}),
     ('decoder', dict(seq=2, tensor=2, fsdp=2), {}, {}),

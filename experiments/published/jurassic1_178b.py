@@ -23,6 +23,9 @@ def get_config(arg=None):
   config = base.experiment(RECIPE, 'size=jumbo-178b')
   config.mesh.update(dict(data=1, fsdp=1) | MESHES[arg.devices])
   base.lay(config, act_stream=('seq', 'tensor'))
+  config.pipeline.remat = 'stage'
+  config.loss.chunk = 32
+  config.model.vocab_pad_to = 8 * config.mesh.tensor * config.mesh.pipe
   config.batch_size = 1600
   config.pipeline.microbatches = config.batch_size // config.mesh.data  # of one row
   return config

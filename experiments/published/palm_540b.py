@@ -23,5 +23,7 @@ def get_config(arg=None):
   arg = base.parse_arg(arg, devices=base.one_of('published', MESHES))
   config = base.experiment(RECIPE, 'size=540b')
   config.mesh.update(dict(data=1, fsdp=1) | MESHES[arg.devices])
-  config.batch_ramp = ()
+  config.update(batch_ramp=(), accumulation=4)
+  config.model.vocab_pad_to = 128 * config.mesh.tensor
+  base.lay(config, kv_heads=None)  # one for all query heads
   return config

@@ -236,7 +236,7 @@ class Stack(nn.Module):
       raise JaxlmError('A pipeline keeps no cache; set config.mesh.pipe to 1, or config.objective.permutation.memory '
                        'to 0.')
     # The pipeline's own remat goes around a repeat and the slice of its weights; blocks need none.
-    one = Period(dataclasses.replace(config, remat='none'), self.layout, cut.period, parent=None)
+    one = Period(dataclasses.replace(config, remat='none'), stages.inside(self.layout), cut.period, parent=None)
 
     def apply(weights, numbers, x_BTD, context):
       x_BTD, (_, aux) = one.apply({'params': weights}, x_BTD, context, *numbers, caches)

@@ -1,5 +1,7 @@
 """Stages of a pipeline: layers stay on their devices, microbatches travel from stage to stage."""
+import dataclasses
 import functools
+import math
 from typing import Any, Callable
 
 import jax
@@ -12,7 +14,8 @@ from jaxlm.models.attention import Context
 from jaxlm.sharding import Layout
 from jaxlm.types import Array, JaxlmError, Tree
 
-# Letters here: S stages, R rounds, J repeats of a stage in a round, M microbatches; b rows of one.
+# Letters here: S stages, R rounds, J repeats of a stage in a round, M microbatches, P devices that have rows of their
+# own; b rows of a microbatch on one of them.
 
 AXIS = 'pipe'
 WEIGHTS = 'pipeline_weights'  # checkpoint_name of a repeat's slice, which no policy should keep
@@ -67,6 +70,18 @@ def into_layers(leaf: Array, repeats: int, layout: Layout) -> Array:
   return leaf if leaf.shape[0] == repeats and np.array_equal(at, np.arange(repeats)) else leaf[at]
 
 
+def inside(layout: Layout) -> Layout:
+  """The layout that a stage's layers see: rows are no longer split, for each device's own are a dim that vmap adds."""
+  mine = _row_axes(layout)
+  left = lambda to: tuple(a for a in ((to,) if isinstance(to, str) else to or ()) if a not in mine) or None
+  return dataclasses.replace(layout, rules=tuple((axis, left(to)) for axis, to in layout.rules))
+
+
+def _row_axes(layout: Layout) -> tuple[str, ...]:
+  """Mesh axes over which rows are split and nothing else that a layer does."""
+  return tuple(axis for axis in layout.axes('act_batch') if axis != 'expert')
+
+
 def run(apply: Callable[..., tuple[Array, dict[str, Array]]], weights: Tree, x_BTD: Array, context: Context,
         numbers: Tree, repeats: int, layout: Layout, policy: Callable[..., Any]) -> tuple[Array, dict[str, Array]]:
   """A stack's repeats, spread over stages; equal to one after the other, dropout included.
@@ -75,8 +90,11 @@ def run(apply: Callable[..., tuple[Array, dict[str, Array]]], weights: Tree, x_B
   a group goes round all stages R times, and what the last stage puts out is what the first needs next, so nothing has
   to be kept between rounds. R = 1 is GPipe's schedule. Of R·M + S - 1 ticks S - 1 fill and drain the pipeline.
 
+  Weights have a copy for each device with rows of its own (the copy it holds anyway; of fsdp, gathered once a step), so
+  that each sums up its gradients over all ticks before they are added to the others'.
+
   Args:
-    apply: (weights of a repeat, its numbers, x, context) -> (x, sums [b] by name).
+    apply: (weights of a repeat, its numbers, x, context) -> (x, sums [b] by name), of layers in the layout `inside`.
     weights: of all repeats, as they lie in memory.
     context: of all rows.
     numbers: of each repeat, in layer order: arrays [repeats, ...].
@@ -88,30 +106,31 @@ def run(apply: Callable[..., tuple[Array, dict[str, Array]]], weights: Tree, x_B
   Source: Huang et al. 2019, GPipe, arXiv:1811.06965; Narayanan et al. 2021, arXiv:2104.04473, section 2.2.
   """
   S, R, M = sizes(layout)
-  B, C = x_BTD.shape[0], S * R
-  check_rows(B, layout)
-  cut = lambda x: _cut(x, M, layout)
+  C, rows = S * R, _row_axes(layout)
+  P = math.prod(layout.mesh.shape[axis] for axis in rows)
+  check_rows(x_BTD.shape[0], layout)
+  cut = lambda x: _pin(jnp.swapaxes(x.reshape(-1, M, *x.shape[1:]), 0, 1).reshape(M, P, -1, *x.shape[1:]), layout, {1: rows})
+  by_stage = {0: AXIS, 1: rows}
+  copies = lambda x: _pin(jnp.broadcast_to(x[:, None], (S, P, *x.shape[1:])), layout, by_stage)
   table = order(repeats, layout)
-  by_stage = lambda x: _pin(x.reshape(S, R, -1, *x.shape[1:]), layout)
-  W_S = jax.tree.map(by_stage, weights)
+  W_SP = jax.tree.map(lambda x: copies(_pin(x.reshape(S, R, -1, *x.shape[1:]), layout, {0: AXIS})), weights)
   numbers_S = jax.tree.map(lambda x: jnp.asarray(x)[np.maximum(table, 0)], numbers), jnp.asarray(table >= 0)
   uneven = table.min() < 0
-  # What is the same for all stages, but learned: a copy each, or gradients would be summed over stages at every tick.
-  bias_S = jax.tree.map(lambda p: _pin(jnp.broadcast_to(p, (S, *p.shape)), layout), context.bias)
+  bias_SP = jax.tree.map(lambda p: copies(jnp.broadcast_to(p, (S, *p.shape))), context.bias)
   # What is only looked at lies ready at every stage; what is differentiated travels.
   hidden, tokens = context.source or (None, None)
-  still_M = jax.tree.map(lambda x: cut(_fixed(x)), context.replace(
+  still_MP = jax.tree.map(lambda x: cut(_fixed(x)), context.replace(
       bias=None, source=None if context.source is None else (None, tokens)))
   moving = {'x': x_BTD} if hidden is None else {'x': x_BTD, 'source': hidden}
-  entering_MS = jax.tree.map(lambda x: _pin(jnp.broadcast_to(cut(x)[:, None], (M, S, *cut(x).shape[1:])), layout, 1),
-                             moving)
+  entering_MSP = jax.tree.map(lambda x: _pin(jnp.broadcast_to(cut(x)[:, None], (M, S, *cut(x).shape[1:])), layout,
+                                             {1: AXIS, 2: rows}), moving)
   first_S = jnp.arange(S) == 0
   remat = functools.partial(jax.checkpoint, policy=policy, prevent_cse=False)
+  # With rounds, what is kept of a tick must not be the weights of its round.
+  whole = R > 1 or layout.schedule.remat == 'stage'
 
-  def stage(W, numbers, bias, r, m, flow):
-    still = jax.tree.map(lambda x: x[m], still_M)
-    source = None if hidden is None else (flow['source'], still.source[1])
-    here = still.replace(bias=bias, source=source)
+  def stage(W, numbers, bias, r, flow, still):
+    here = still.replace(bias=bias, source=None if hidden is None else (flow['source'], still.source[1]))
     of_round = lambda x: x[0] if R == 1 else checkpoint_name(jax.lax.dynamic_index_in_dim(x, r, keepdims=False), WEIGHTS)
 
     def repeat(x, of_repeat):
@@ -121,30 +140,35 @@ def run(apply: Callable[..., tuple[Array, dict[str, Array]]], weights: Tree, x_B
         new, sums = jnp.where(real, new, x), {name: jnp.where(real, y, 0) for name, y in sums.items()}
       return new, sums
 
-    # With rounds, what is kept of a tick must not be the weights of its round; a round has few layers.
-    x, sums = jax.lax.scan(remat(repeat) if R == 1 else repeat, flow['x'], (jax.tree.map(of_round, W), jax.tree.map(of_round, numbers)))
+    x, sums = jax.lax.scan(repeat if whole else remat(repeat), flow['x'],
+                           (jax.tree.map(of_round, W), jax.tree.map(of_round, numbers)))
     return flow | {'x': x}, {name: y.sum(0) for name, y in sums.items()}
+
+  def of_rows(W, numbers, bias, r, m, flow):
+    still = jax.tree.map(lambda x: x[m], still_MP)
+    one = remat(stage) if whole else stage
+    return jax.vmap(one, (0, None, 0, None, 0, 0), spmd_axis_name=rows or None)(W, numbers, bias, r, flow, still)
 
   def tick(flow, t):
     enters = t % C < S
     m = jnp.minimum(t // C * S + t % C, M - 1)
     flow = jax.tree.map(lambda new, old: jnp.where(
-        (first_S & enters).reshape(S, *[1] * (old.ndim - 1)), new[m], jnp.roll(old, 1, axis=0)), entering_MS, flow)
+        (first_S & enters).reshape(S, *[1] * (old.ndim - 1)), new[m], jnp.roll(old, 1, axis=0)), entering_MSP, flow)
     q_S = jnp.maximum(t - jnp.arange(S), 0)
     m_S = jnp.minimum(q_S // C * S + q_S % S, M - 1)
-    flow, sums = jax.vmap(stage if R == 1 else remat(stage))(W_S, numbers_S, bias_S, q_S % C // S, m_S, flow)
-    flow = jax.tree.map(lambda x: _pin(x, layout), flow)
+    flow, sums = jax.vmap(of_rows)(W_SP, numbers_S, bias_SP, q_S % C // S, m_S, flow)
+    flow = jax.tree.map(lambda x: _pin(x, layout, by_stage), flow)
     return flow, (flow['x'], sums)
 
   # Finite from the first tick on: what bubbles compute is not used, but zero times NaN is NaN.
-  start = jax.lax.stop_gradient(jax.tree.map(lambda x: x[0], entering_MS))
+  start = jax.lax.stop_gradient(jax.tree.map(lambda x: x[0], entering_MSP))
   _, (out, sums) = jax.lax.scan(tick, start, jnp.arange(R * M + S - 1))
-  m = np.arange(M)
+  m, chunk = np.arange(M), np.arange(C)
   enters_at = m // S * C + m % S
-  x_MbTD = out[enters_at + C - 1, S - 1]
-  chunk = np.arange(C)
-  sums_MCb = {name: y[enters_at[:, None] + chunk, chunk % S] for name, y in sums.items()}
-  return _join(x_MbTD, layout), {name: _join(y.sum(1), layout) for name, y in sums_MCb.items()}
+  join = lambda x: _pin(jnp.swapaxes(x.reshape(M, -1, *x.shape[3:]), 0, 1).reshape(-1, *x.shape[3:]), layout,
+                        {0: layout.axes('act_batch')})
+  return join(out[enters_at + C - 1, S - 1]), {name: join(y[enters_at[:, None] + chunk, chunk % S].sum(1))
+                                               for name, y in sums.items()}
 
 
 def check_rows(rows: int, layout: Layout) -> None:
@@ -163,27 +187,9 @@ def _fixed(x: Array) -> Array:
   return jax.lax.stop_gradient(x) if jnp.issubdtype(x.dtype, jnp.inexact) else x
 
 
-def _cut(x: Array, M: int, layout: Layout) -> Array:
-  """[B, ...] as [M, B / M, ...], every M-th row together: neighbours would be gathered from the devices they are on."""
-  return _rows(jnp.swapaxes(x.reshape(-1, M, *x.shape[1:]), 0, 1), layout, 1)
-
-
-def _join(x: Array, layout: Layout) -> Array:
-  """Undoes `_cut`."""
-  return _rows(jnp.swapaxes(x, 0, 1).reshape(-1, *x.shape[2:]), layout, 0)
-
-
-def _rows(x: Array, layout: Layout, dim: int) -> Array:
-  """Pins rows to their devices; the other dims stay as they come."""
+def _pin(x: Array, layout: Layout, where: dict[int, Any]) -> Array:
+  """Pins some dims to mesh axes; the others stay as they come."""
   if not jnp.issubdtype(x.dtype, jnp.number):
     return x  # keys
-  parts = [PartitionSpec.UNCONSTRAINED] * x.ndim
-  parts[:dim + 1] = [None] * dim + [layout.spec(('act_batch',), x.shape[dim:dim + 1], 'activation')[0]]
-  return jax.lax.with_sharding_constraint(x, NamedSharding(layout.mesh, PartitionSpec(*parts)))
-
-
-def _pin(x: Array, layout: Layout, dim: int = 0) -> Array:
-  """Pins stages to their devices; the other dims stay as they come."""
-  parts = [PartitionSpec.UNCONSTRAINED] * x.ndim
-  parts[dim] = AXIS
+  parts = [where.get(dim, PartitionSpec.UNCONSTRAINED) or None for dim in range(x.ndim)]
   return jax.lax.with_sharding_constraint(x, NamedSharding(layout.mesh, PartitionSpec(*parts)))

@@ -1,0 +1,52 @@
+"""Published runs: their shapes, batches and meshes hang together, and each compiles for as many devices as it had."""
+import importlib.util
+import math
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from jaxlm import check, sharding
+
+ROOT = pathlib.Path(__file__).parents[1]
+FILES = sorted((ROOT / 'experiments/published').glob('*.py'))
+DEVICES = {'bloom_176b': 384, 'glm_130b': 768, 'gpt3_175b': 1024, 'jurassic1_178b': 800, 'llama2_70b': 2048,
+           'mixtral_8x7b': 512, 'mt_nlg_530b': 2240, 'palm_540b': 6144, 't5_11b': 1024}
+
+
+def load(file, arg):
+  spec = importlib.util.spec_from_file_location('published', file)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module.get_config(arg)
+
+
+@pytest.mark.parametrize('devices', ['published', '1024'])
+@pytest.mark.parametrize('file', FILES, ids=lambda file: file.stem)
+def test_every_published_run_is_valid_and_its_mesh_multiplies_out(file, devices):
+  config = load(file, f'devices={devices}')
+  assert check.faults(config) == []
+  count = math.prod(config.mesh.values())
+  assert count == (DEVICES[file.stem] if devices == 'published' else 1024)
+  rows = config.batch_size // config.accumulation
+  sizes = sharding.mesh_sizes(config.mesh, count)
+  assert rows % (math.prod(sizes[a] for a in ('replica', 'data', 'fsdp', 'expert')) * max(config.pipeline.microbatches, 1)) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('devices', ['published', '1024'])
+@pytest.mark.parametrize('file', FILES, ids=lambda file: file.stem)
+def test_every_published_run_compiles_and_its_temporaries_are_those_of_the_compiler(file, devices, tmp_path):
+  import json
+  done = subprocess.run([sys.executable, '-m', 'jaxlm.plan', f'--config={file}:devices={devices}', '--hardware=tpu_v5p',
+                         f'--output={tmp_path}/plan.json'], env={**os.environ, 'PYTHONPATH': str(ROOT), 'XLA_FLAGS': ''},
+                        capture_output=True, text=True, timeout=900)
+  assert done.returncode == 0, done.stderr
+  found = json.loads((tmp_path / 'plan.json').read_text())
+  memory = found['memory']
+  print(f'| {file.stem} | {devices} | {found["compile_s"]:.0f} s | {memory["temporaries_float32"] / 1e9:.1f} | '
+        f'{memory["temporaries_float32_measured"] / 1e9:.1f} |')
+  assert found['compile_s'] < 120
+  assert abs(memory['temporaries_float32'] / memory['temporaries_float32_measured'] - 1) < 0.1
