@@ -131,7 +131,8 @@ def _leaves(program: Program, computation: str, x: Instruction,
   given = [buffer for name in x.operands for buffer in held.get(name, ())]
   if x.opcode == 'get-tuple-element':
     index = int(re.search(r'index=(\d+)', x.text)[1])
-    return [held[x.operands[0]][index]] if len(held[x.operands[0]]) == len(_flat(program, computation, x.operands[0])) else given[:1]
+    of = x.operands[0]
+    return [held[of][index]] if len(held[of]) == len(program.computations[computation][of].shapes) else given[:1]
   if x.opcode in _SAME:
     return given[:len(x.shapes)] if len(given) >= len(x.shapes) else fresh()
   if x.opcode in ('dynamic-update-slice',):
@@ -139,10 +140,6 @@ def _leaves(program: Program, computation: str, x: Instruction,
   if x.opcode == 'fusion':
     return _of_fusion(program, x, held) or fresh()
   return fresh()
-
-
-def _flat(program: Program, computation: str, name: str) -> tuple:
-  return program.computations[computation][name].shapes
 
 
 def _of_fusion(program: Program, x: Instruction, held: dict[str, list[Buffer | None]]) -> list[Buffer | None] | None:

@@ -133,7 +133,8 @@ def _by_rules(rules, make: Callable[[float, Callable], optax.GradientTransformat
 STACKED = 'stacked_'  # and a number of layers: the key under which the state of parameters with so many stands
 
 
-def over_layers(tx: optax.GradientTransformation, axes: Axes, layers: Mapping[str, int] | None = None) -> optax.GradientTransformation:
+def over_layers(tx: optax.GradientTransformation, axes: Axes,
+                layers: Mapping[str, int] | None = None) -> optax.GradientTransformation:
   """`tx` applied to each layer of stacked parameters as if it stood alone.
 
   Optimizers with statistics of a whole tensor (Adafactor, LAMB, LARS, NovoGrad, Muon) would mix layers otherwise.

@@ -21,7 +21,8 @@ FORMAT = 1
 PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'ml-collections', 'tokenizers', 'numpy')
 
 # What a resumed run may change freely: periods, layout, how and where, but not what is learned from what.
-FREE = (r'steps|optim\.total_steps|\w+_every|tensorboard|heartbeat_s|watchdog_s|compiler_options|on_nonfinite|max_rewinds|accumulation|loss\.chunk',
+FREE = (r'steps|optim\.total_steps|\w+_every|tensorboard|heartbeat_s|watchdog_s|compiler_options',
+        r'on_nonfinite|max_rewinds|accumulation|loss\.chunk',
         r'(mesh|sharding|pipeline|eval|checkpoint)\..*', r'data\.(paths|store|workers|prefetch)',
         r'model\.(remat|remat_names|attention\.kernel|attention\.block)')
 
@@ -35,7 +36,8 @@ GROUPS = tuple(dict.fromkeys(group(key) for key in config_module.KEYS))
 
 
 # Keys that came later: a run that does not have them means their defaults.
-LATER = ('heartbeat_s', 'watchdog_s', 'compiler_options', 'pipeline.microbatches', 'pipeline.repeats', 'pipeline.remat', 'sharding.optimizer_rules',
+LATER = ('heartbeat_s', 'watchdog_s', 'compiler_options', 'pipeline.microbatches', 'pipeline.repeats', 'pipeline.remat',
+         'sharding.optimizer_rules',
          'sharding.offload_optimizer')
 
 

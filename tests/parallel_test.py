@@ -216,9 +216,9 @@ def test_init_from_reaches_the_stages_of_a_pipeline(corpus, tmp_path, monkeypatc
   few_devices(monkeypatch)
   train.run(config_of(corpus, 'decoder', steps=1), str(tmp_path / 'first'))
   found = {}
-  for name, changes in {'alone': {'optim.freeze': ('embed/.*',)}, 'piped': {'mesh.pipe': 2, 'optim.freeze': ('embed/.*',)} | ROUNDS}.items():
-    train.run(config_of(corpus, 'decoder', steps=2, **changes, **{'checkpoint.init_from': str(tmp_path / 'first')}),
-              str(tmp_path / name))
+  given = {'optim.freeze': ('embed/.*',), 'checkpoint.init_from': str(tmp_path / 'first'), 'steps': 2}
+  for name, changes in {'alone': {}, 'piped': {'mesh.pipe': 2} | ROUNDS}.items():
+    train.run(config_of(corpus, 'decoder', **given, **changes), str(tmp_path / name))
     found[name] = list(logged(tmp_path / name).values())
   np.testing.assert_allclose(found['piped'], found['alone'], rtol=RTOL)
 

@@ -216,7 +216,8 @@ class Attention(nn.Module):
       same_BNT2 = jnp.einsum('BTNH,XNH->BNTX', q_BTNH + vector('types_bias'), types_2NH, **f32)
       differ_B1TS = (tokens.types[:, :, None] != seen.types[:, None, :])[:, None]
       score_BNTS += jnp.where(differ_B1TS, same_BNT2[..., 1:], same_BNT2[..., :1])
-    return q_BTNH + vector('content_bias'), Bias(_given, scale * score_BNTS, (('act_batch', 'act_heads', 'act_length', None),), whole=True)
+    by_query = Bias(_given, scale * score_BNTS, (('act_batch', 'act_heads', 'act_length', None),), whole=True)
+    return q_BTNH + vector('content_bias'), by_query
 
   def _latent(self, x_BTD: Array, context: Context, window: Any, cache: LayerCache | None):
     """(queries, what makes values of the kernel's result, keys, values, tokens of the keys, the new cache).
