@@ -12,7 +12,7 @@ from jaxlm import check, sharding
 
 ROOT = pathlib.Path(__file__).parents[1]
 FILES = sorted((ROOT / 'experiments/published').glob('*.py'))
-DEVICES = {'bloom_176b': 384, 'glm_130b': 768, 'gpt3_175b': 1024, 'jurassic1_178b': 800, 'llama2_70b': 2048,
+DEVICES = {'bloom_176b': 384, 'glm_130b': 768, 'gpt3_175b': 1024, 'jurassic1_178b': 800, 'llama2_70b': 2048, 'llama3_8b_131k': 16,
            'mixtral_8x7b': 512, 'mt_nlg_530b': 2240, 'palm_540b': 6144, 't5_11b': 1024}
 
 
