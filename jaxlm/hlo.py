@@ -1,4 +1,5 @@
 """A compiled program, read: its products and messages, counted as often as loops run them."""
+import collections
 import dataclasses
 import functools
 import itertools
@@ -11,6 +12,9 @@ import numpy as np
 ITEM_BYTES = {'pred': 1, 's4': 0.5, 'u4': 0.5, 's8': 1, 'u8': 1, 's16': 2, 'u16': 2, 'f16': 2, 'bf16': 2, 's32': 4,
               'u32': 4, 'f32': 4, 's64': 8, 'u64': 8, 'f64': 8, 'c64': 8, 'c128': 16, 'token': 0}
 COLLECTIVES = ('all-gather', 'all-reduce', 'reduce-scatter', 'all-to-all', 'collective-permute')
+
+# Opcodes whose result is their operand, put differently.
+_SAME = frozenset(('bitcast', 'copy', 'reshape', 'transpose', 'convert'))
 
 _COMPUTATION = re.compile(r'^(ENTRY )?%?([\w.\-]+) .*\{$')
 _INSTRUCTION = re.compile(r'^\s+(ROOT )?%?([\w.\-]+) = (\(.*?\)|[a-z]\w*\[[\d,]*\](?:\{[^}]*\})?) ([\w\-]+)\((.*)$')
@@ -37,6 +41,10 @@ class Instruction:
   @property
   def bytes(self) -> float:
     return sum(ITEM_BYTES.get(kind, 1) * math.prod(dims) for kind, dims in self.shapes)
+
+  @property
+  def elements(self) -> int:
+    return math.prod(self.shapes[0][1])
 
   @property
   def source(self) -> str:
@@ -72,11 +80,13 @@ class Message:
   Attributes:
     kind: one of COLLECTIVES; an all-reduce of which each device then takes its part is a reduce-scatter, which the CPU's
       compiler never emits itself.
-    bytes: of the whole: what is gathered, reduced, exchanged or passed on.
+    bytes: of the whole: what is gathered, reduced, exchanged or passed on. All-reduces whose results are only added up
+      count once: other compilers add before they reduce.
     axes: mesh axes along which it goes.
     size: devices in a group.
     times: how often.
     emitted: the kind as it stands in the program.
+    emitted_bytes: of the whole, as they stand there.
   """
   kind: str
   bytes: float
@@ -84,6 +94,7 @@ class Message:
   size: int
   times: int
   emitted: str
+  emitted_bytes: float
   source: str
 
   @property
@@ -163,19 +174,29 @@ class Program:
 
   def messages(self) -> list[Message]:
     """Every collective between devices."""
-    found = []
+    found, added = [], set()
     for computation, x, times, _ in self.walk():
       emitted = x.opcode.removesuffix('-start')
       if emitted not in COLLECTIVES:
         continue
-      here = self.computations[computation]
       size, axes = self._group(x)
       if size == 1:
         continue
-      operands = sum(here[name].bytes for name in x.operands if name in here)
-      whole = {'all-gather': operands * size, 'all-to-all': operands}.get(emitted, operands)
-      kind = 'reduce-scatter' if emitted == 'all-reduce' and self._is_sliced(computation, x, size) else emitted
-      found.append(Message(kind, whole, axes, size, times, emitted, x.source))
+      here = self.computations[computation]
+      operands = [here[name].bytes for name in x.operands if name in here]
+      if emitted != 'all-reduce':
+        whole = sum(operands) * (size if emitted == 'all-gather' else 1)
+        found.append(Message(emitted, whole, axes, size, times, emitted, whole, x.source))
+        continue
+      counted, standing = collections.Counter(), collections.Counter()
+      for i, (size_of_one, result) in enumerate(zip(operands, self._results(computation, x))):
+        kind = 'reduce-scatter' if self._is_sliced(computation, result, size) else 'all-reduce'
+        sums = self._sums(computation, result)
+        standing[kind] += size_of_one
+        if not sums or (computation, axes, sums) not in added:
+          counted[kind] += size_of_one
+        added.add((computation, axes, sums))
+      found += [Message(kind, counted[kind], axes, size, times, emitted, standing[kind], x.source) for kind in standing]
     return found
 
   # ---- groups of devices -------------------------------------------------------------------------------------------
@@ -210,23 +231,46 @@ class Program:
           of.setdefault(operand, []).append(x)
     return users
 
-  def _is_sliced(self, computation: str, x: Instruction, size: int) -> bool:
-    """Whether every device goes on with its own part of a result alone."""
-    def parts(computation: str, x: Instruction, depth: int = 0) -> bool:
-      users = self._users[computation].get(x.name, [])
-      return bool(users) and depth < 6 and all(only_part(computation, user, x, depth) for user in users)
+  def _results(self, computation: str, x: Instruction) -> list[list[Instruction]]:
+    """What stands for each element of a result: the instruction itself, or those that take it out of a tuple."""
+    if len(x.shapes) == 1:
+      return [[x]]
+    taken = self._users[computation].get(x.name, [])
+    return [[user for user in taken if re.search(rf'index={i}\b', user.text)] for i in range(len(x.shapes))]
 
-    def only_part(computation: str, user: Instruction, x: Instruction, depth: int) -> bool:
-      if user.opcode == 'dynamic-slice':
-        return user.bytes * size <= x.bytes * 1.01
-      if user.opcode in ('bitcast', 'copy', 'reshape', 'transpose', 'convert', 'get-tuple-element'):
-        return parts(computation, user, depth + 1)
-      if user.opcode == 'fusion':
+  def _uses(self, computation: str, x: Instruction, through: frozenset[str]) -> list[tuple[str, Instruction] | None]:
+    """(computation, user) of a value, after opcodes that it goes `through`; None: it leaves the computation."""
+    found: list[tuple[str, Instruction] | None] = [None] if self._root.get(computation) == x.name else []
+    for user in self._users[computation].get(x.name, []):
+      if user.opcode in through:
+        found += self._uses(computation, user, through)
+      elif user.opcode == 'fusion':
         (called,) = self.called(user)
         inside = {int(y.inside): y for y in self.computations[called].values() if y.opcode == 'parameter'}
-        return all(parts(called, inside[i], depth + 1) for i, name in enumerate(user.operands) if name == x.name)
-      return False
-    return parts(computation, x)
+        uses = [use for i, name in enumerate(user.operands) if name == x.name
+                for use in self._uses(called, inside[i], through)]
+        found += [use for use in uses if use] + (self._uses(computation, user, through) if None in uses else [])
+      else:
+        found.append((computation, user))
+    return found
+
+  def _is_sliced(self, computation: str, results: list[Instruction], size: int) -> bool:
+    """Whether every device goes on with its own part of a result alone."""
+    uses = [use for x in results for use in self._uses(computation, x, _SAME)]
+    return bool(uses) and all(use and use[1].opcode == 'dynamic-slice'
+                              and use[1].elements * size <= 1.01 * results[0].elements for use in uses)
+
+  def _sums(self, computation: str, results: list[Instruction]) -> frozenset[str]:
+    """Where a result is but a summand: the last of the additions that follow each other; nothing where it is more."""
+    roots = set()
+    for use in (use for x in results for use in self._uses(computation, x, _SAME | {'dynamic-slice'})):
+      if use is None or use[1].opcode != 'add':
+        return frozenset()
+      here, add = use
+      while len(users := self._users[here].get(add.name, [])) == 1 and users[0].opcode == 'add':
+        add = users[0]
+      roots.add(f'{here}/{add.name}')
+    return frozenset(roots)
 
 
 def _split(rest: str) -> tuple[str, str]:

@@ -36,9 +36,14 @@ class Vocabulary:
   layout: Layout
 
 
+def _matrix(vocabulary: Vocabulary, w_VD: Array, dtype: Any) -> Array:
+  """The output matrix as all pieces of a row multiply by it, gathered once."""
+  return vocabulary.layout.gathered(w_VD.astype(dtype), 'vocab', 'embed')
+
+
 def _logits(vocabulary: Vocabulary, hidden_BTD: Array, w_VD: Array, b_V: Array | None) -> Array:
   """float32 [B, T, V]; no probability beyond the vocabulary."""
-  logits_BTV = jnp.einsum('BTD,VD->BTV', hidden_BTD, w_VD.astype(hidden_BTD.dtype), preferred_element_type=jnp.float32)
+  logits_BTV = jnp.einsum('BTD,VD->BTV', hidden_BTD, w_VD, preferred_element_type=jnp.float32)
   logits_BTV = vocabulary.layout.constrain(logits_BTV, 'act_batch', 'act_length', 'act_vocab')
   if b_V is not None:
     logits_BTV += b_V.astype(jnp.float32)
@@ -103,6 +108,8 @@ def _by_chunk(vocabulary: Vocabulary, fn, carry: Tree, hidden_BTD: Array, target
 def token_losses(vocabulary: Vocabulary, hidden_BTD: Array, w_VD: Array, b_V: Array | None,
                  targets_BT: Array) -> tuple[Array, Array]:
   """(nll in nats, 1 where the target is the likeliest token), float32 [B, T] each; for measuring, not training."""
+  w_VD = _matrix(vocabulary, w_VD, hidden_BTD.dtype)
+
   def piece(carry, inputs):
     hidden_BTD, targets_BT, _ = inputs
     _, nll_BT, correct_BT, _ = _token_losses(vocabulary, _logits(vocabulary, hidden_BTD, w_VD, b_V), targets_BT)
@@ -133,6 +140,8 @@ def cross_entropy(vocabulary: Vocabulary, hidden_BTD: Array, w_VD: Array, b_V: A
 
 
 def _forward(vocabulary, hidden_BTD, w_VD, b_V, targets_BT, weights_BT):
+  w_VD = _matrix(vocabulary, w_VD, hidden_BTD.dtype)
+
   def piece(carry, inputs):
     hidden_BTD, targets_BT, _ = inputs
     loss_BT, nll_BT, correct_BT, _ = _token_losses(vocabulary, _logits(vocabulary, hidden_BTD, w_VD, b_V), targets_BT)
@@ -151,16 +160,17 @@ def _cross_entropy_forward(vocabulary, hidden_BTD, w_VD, b_V, targets_BT, weight
   # sums are added once, not after every piece.
   layout, parts = vocabulary.layout, vocabulary.layout.batch_parts
   by_part = lambda x: x.reshape(parts, -1, *x.shape[1:])
+  matrix_VD = _matrix(vocabulary, w_VD, hidden_BTD.dtype)
 
   def piece(carry, inputs):
     (dw_PVD, db_PV), (hidden_BTD, targets_BT, weights_BT) = carry, inputs
     dtype = hidden_BTD.dtype
-    logits_BTV = _logits(vocabulary, hidden_BTD, w_VD, b_V)
+    logits_BTV = _logits(vocabulary, hidden_BTD, matrix_VD, b_V)
     loss_BT, nll_BT, correct_BT, log_z_BT = _token_losses(vocabulary, logits_BTV, targets_BT)
     grad_BTV = _logit_gradient(vocabulary, logits_BTV, targets_BT, log_z_BT, weights_BT)
     db_PV = None if b_V is None else layout.constrain(db_PV + by_part(grad_BTV).sum((1, 2)), 'act_batch', 'act_vocab')
     grad_BTV = grad_BTV.astype(dtype)
-    dh_BTD = jnp.einsum('BTV,VD->BTD', grad_BTV, w_VD.astype(dtype))
+    dh_BTD = jnp.einsum('BTV,VD->BTD', grad_BTV, matrix_VD)
     dw_PVD += jnp.einsum('PBTV,PBTD->PVD', by_part(grad_BTV), by_part(hidden_BTD), preferred_element_type=jnp.float32)
     return (layout.constrain(dw_PVD, 'act_batch', 'act_vocab', None), db_PV), (nll_BT, correct_BT, loss_BT, dh_BTD)
 
@@ -282,7 +292,8 @@ def replaced_loss(model: Transformer, vocabulary: Vocabulary, params: Tree, batc
 def _draw(vocabulary: Vocabulary, features_BME: Array, unembedding: tuple[Array, Array | None], example_ids_B: Array,
           rng: Array) -> Array:
   """Token ids [B, M] drawn from the distribution of each place, by keys of examples."""
-  logits_BMV = _logits(vocabulary, features_BME, *unembedding)
+  w_VD, b_V = unembedding
+  logits_BMV = _logits(vocabulary, features_BME, _matrix(vocabulary, w_VD, features_BME.dtype), b_V)
   return jax.vmap(jax.random.categorical)(example_keys(jax.random.fold_in(rng, 1), example_ids_B), logits_BMV)
 
 

@@ -160,6 +160,13 @@ class Layout:
     """Pins an activation's layout; raises on an axis without a rule, where linen's would do nothing."""
     return jax.lax.with_sharding_constraint(x, self.sharding(axes, x.shape, 'activation'))
 
+  def gathered(self, x: Array, *axes: str | None) -> Array:
+    """A weight as layers multiply by it: whole over mesh axes that split rows, on which it is spread only to be kept."""
+    rows = set(self.axes('act_batch'))
+    kept = self.spec(axes, x.shape, 'weight')
+    used = PartitionSpec(*(tuple(a for a in axes_of((part,)) if a not in rows) or None for part in kept))
+    return x if used == kept else jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, used))
+
   def by_device(self, local: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
     """`local` as each device runs it on its part of the arrays."""
     # A pipeline's axis stays XLA's: its stages are a dim that vmap adds.

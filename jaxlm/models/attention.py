@@ -145,8 +145,6 @@ class Attention(nn.Module):
     else:
       q_BTNH, k_BSKH, v_BSKH, seen, cache = self._heads(x_BTD, context, window, cache)
       out_of = lambda out_BTNH: out_BTNH
-    q_BTNH = self.layout.constrain(q_BTNH, 'act_batch', 'act_length', 'act_heads', None)
-
     scale = attention.scale or (attention.head_dim + (attention.latent.rope_dim if attention.latent.kv_rank else 0)
                                 ) ** -0.5
     mode, bias, tokens = config.visibility, context.bias, context.tokens
@@ -165,7 +163,7 @@ class Attention(nn.Module):
     out_BTNH = out_of(attend(self.layout, attention.kernel, q_BTNH, k_BSKH, v_BSKH, visibility, scale=scale,
                              softcap=attention.softcap, bias=bias, sink_N=sink_N, dropout=drop, block=attention.block))
     out_BTNH = checkpoint_name(out_BTNH, 'attention_out')
-    out_BTD = Dense(config, (config.width,), ('heads', 'head_dim', 'embed'), num_inputs=2, bias=attention.out_bias,
+    out_BTD = Dense(config, self.layout, (config.width,), ('heads', 'head_dim', 'embed'), num_inputs=2, bias=attention.out_bias,
                     residual=True, name='out')(out_BTNH)
     return out_BTD, cache
 
@@ -175,19 +173,20 @@ class Attention(nn.Module):
   def _heads(self, x_BTD: Array, context: Context, window: Any, cache: LayerCache | None):
     """(queries, keys, values, tokens of the keys, the new cache)."""
     config, attention = self.config, self.config.attention
-    project = lambda x, heads, axis, name: Dense(config, (heads, attention.head_dim), ('embed', axis, 'head_dim'),
+    project = lambda x, heads, axis, name: Dense(config, self.layout, (heads, attention.head_dim), ('embed', axis, 'head_dim'),
                                                  bias=attention.bias, name=name)(x)
+    pin = lambda x, axis: self.layout.constrain(x, 'act_batch', 'act_length', axis, None)
     norm = lambda x, axis, name: x
     if attention.qk_norm != 'none':
       axes = ('head_dim',) if attention.qk_norm == 'head' else ('heads', 'head_dim')
       norm = lambda x, axis, name: Norm(config, (axis, 'head_dim')[-len(axes):], 2 if attention.qk_norm == 'all' else 1,
                                         name=name)(x)
-    q_BTNH = norm(project(x_BTD, attention.num_heads, 'heads', 'query'), 'heads', 'query_norm')
+    q_BTNH = norm(pin(project(x_BTD, attention.num_heads, 'heads', 'query'), 'act_heads'), 'heads', 'query_norm')
     if self.cross and context.source is None:
       return q_BTNH, cache.k, cache.v, cache.tokens, cache
     y_BSD, seen = context.source if self.cross else (x_BTD[:, :context.num_keys], context.seen)
-    k_BSKH = norm(project(y_BSD, attention.num_kv_heads, 'kv_heads', 'key'), 'kv_heads', 'key_norm')
-    v_BSKH = project(y_BSD, attention.num_kv_heads, 'kv_heads', 'value')
+    k_BSKH = norm(pin(project(y_BSD, attention.num_kv_heads, 'kv_heads', 'key'), 'kv_heads'), 'kv_heads', 'key_norm')
+    v_BSKH = pin(project(y_BSD, attention.num_kv_heads, 'kv_heads', 'value'), 'kv_heads')
     if self.cross:
       return q_BTNH, k_BSKH, v_BSKH, seen, None if cache is None else LayerCache(k_BSKH, v_BSKH, seen)
     if (rotations := context.rotations_of(window)) is not None:
@@ -207,7 +206,7 @@ class Attention(nn.Module):
     N, H = q_BTNH.shape[2:]
     normal, f32 = nn.initializers.normal(config.init.std), dict(preferred_element_type=jnp.float32)
     vector = lambda name: self._param(name, normal, ('heads', 'head_dim'), (N, H)).astype(q_BTNH.dtype)
-    r_XNH = Dense(config, (N, H), ('embed', 'heads', 'head_dim'), bias=False, name='relative')(
+    r_XNH = Dense(config, self.layout, (N, H), ('embed', 'heads', 'head_dim'), bias=False, name='relative')(
         distances(seen.positions.shape[1], config.width).astype(q_BTNH.dtype))
     score_BNTS = by_distance(jnp.einsum('BTNH,XNH->BTNX', q_BTNH + vector('relative_bias'), r_XNH, **f32),
                              tokens.positions, seen.positions)
@@ -229,12 +228,13 @@ class Attention(nn.Module):
     """
     config, attention, latent = self.config, self.config.attention, self.config.attention.latent
     N, H, R, C = attention.num_heads, attention.head_dim, latent.rope_dim, latent.kv_rank
-    dense = lambda name, features, axes, bias=False: Dense(config, features, axes, bias=bias, name=name)
+    dense = lambda name, features, axes, bias=False: Dense(config, self.layout, features, axes, bias=bias, name=name)
     norm = lambda x, name: Norm(config, (None,), name=name)(x)
     y_BTX = x_BTD
     if latent.q_rank:
       y_BTX = norm(dense('query_down', (latent.q_rank,), ('embed', None), attention.bias)(x_BTD), 'query_norm')
-    q_BTNH = dense('query', (N, H + R), (None if latent.q_rank else 'embed', 'heads', 'head_dim'))(y_BTX)
+    q_BTNH = self.layout.constrain(dense('query', (N, H + R), (None if latent.q_rank else 'embed', 'heads', 'head_dim'))(y_BTX),
+                                   'act_batch', 'act_length', 'act_heads', None)
     down_BSX = dense('key_value_down', (C + R,), ('embed', None), attention.bias)(x_BTD[:, :context.num_keys])
     c_BSC = norm(down_BSX[..., :C], 'key_value_norm')
     rotations, interleaved = context.rotations_of(window), config.positions.rope.interleaved

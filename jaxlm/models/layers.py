@@ -10,6 +10,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from jaxlm.lookup import lookup
 from jaxlm.models.config import ModelConfig
+from jaxlm.sharding import Layout
 from jaxlm.types import Array
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
@@ -52,11 +53,40 @@ def dropout(x: Array, rate: float, keys_B: Array | None, site: int) -> Array:
   return jnp.where(keep, x / (1.0 - rate), 0).astype(x.dtype)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def product(layout: Layout, axes: tuple[str | None, ...], x: Array, kernel: Array) -> Array:
+  """x [..., I] times a kernel of I inputs, flattened to [..., O].
+
+  A kernel that is spread over devices which have rows of their own is gathered for each direction and kept in neither.
+
+  Args:
+    axes: logical axes of the kernel.
+    kernel: any number of dims, I·O elements.
+  """
+  return _product(layout, axes, x, kernel)[0]
+
+
+def _product(layout, axes, x, kernel):
+  # One contracted and one free dim: the CPU and GPU libraries' own shape, whatever the heads.
+  return jnp.matmul(x, layout.gathered(kernel, *axes).reshape(x.shape[-1], -1)), (x, kernel)
+
+
+def _product_backward(layout, axes, saved, dy):
+  x, kernel = saved
+  matrix = layout.gathered(kernel, *axes).reshape(x.shape[-1], -1)
+  lead = tuple(range(x.ndim - 1))
+  return jnp.matmul(dy, matrix.T), jax.lax.dot_general(x, dy, ((lead, lead), ((), ()))).reshape(kernel.shape)
+
+
+product.defvjp(_product, _product_backward)
+
+
 class Dense(nn.Module):
   """A linear map from the last dims of x to `features`; every projection of a model is one.
 
   Attributes:
     config: for dtypes and the initial scale.
+    layout: where kernels are gathered.
     features: sizes of the output dims.
     axes: logical axes of the kernel, input dims then output dims.
     num_inputs: how many last dims of x are contracted.
@@ -64,8 +94,9 @@ class Dense(nn.Module):
     residual: the output adds to the residual stream, so its initial scale shrinks with depth (GPT-2).
   """
   config: ModelConfig
+  layout: Layout
   features: tuple[int, ...]
-  axes: tuple[str, ...]
+  axes: tuple[str | None, ...]
   num_inputs: int = 1
   bias: bool = True
   residual: bool = False
@@ -78,10 +109,8 @@ class Dense(nn.Module):
     kernel = self.param('kernel', nn.with_logical_partitioning(nn.initializers.normal(std), self.axes),
                         inputs + self.features, dtype)
     lead = x.shape[:x.ndim - self.num_inputs]
-    # One contracted and one free dim: the CPU and GPU libraries' own shape, whatever the heads.
-    y = jnp.matmul(x.reshape(lead + (math.prod(inputs),)).astype(self.config.dtype),
-                   kernel.reshape(math.prod(inputs), -1).astype(self.config.dtype))
-    y = y.reshape(lead + self.features)
+    y = product(self.layout, self.axes, x.reshape(lead + (math.prod(inputs),)).astype(self.config.dtype),
+                kernel.astype(self.config.dtype)).reshape(lead + self.features)
     if self.bias:
       bias = self.param('bias', nn.with_logical_partitioning(nn.initializers.zeros, self.axes[self.num_inputs:]),
                         self.features, dtype)
@@ -138,13 +167,13 @@ class Embedding(nn.Module):
 class Mlp(nn.Module):
   """Two projections around an activation; gated ones multiply it by a third (Shazeer 2020, GLU variants)."""
   config: ModelConfig
-  constrain: Callable[..., Array]
+  layout: Layout
 
   @nn.compact
   def __call__(self, x_BTD: Array) -> Array:
     mlp, width = self.config.mlp, self.config.width
-    into = lambda name: Dense(self.config, (mlp.width,), ('embed', 'mlp'), bias=mlp.bias, name=name)
+    into = lambda name: Dense(self.config, self.layout, (mlp.width,), ('embed', 'mlp'), bias=mlp.bias, name=name)
     act = lookup(ACTIVATIONS, mlp.activation, 'activation')
     h_BTF = act(into('gate')(x_BTD)) * into('up')(x_BTD) if mlp.gated else act(into('up')(x_BTD))
-    h_BTF = checkpoint_name(self.constrain(h_BTF, 'act_batch', 'act_length', 'act_mlp'), 'mlp_hidden')
-    return Dense(self.config, (width,), ('mlp', 'embed'), bias=mlp.bias, residual=True, name='down')(h_BTF)
+    h_BTF = checkpoint_name(self.layout.constrain(h_BTF, 'act_batch', 'act_length', 'act_mlp'), 'mlp_hidden')
+    return Dense(self.config, self.layout, (width,), ('mlp', 'embed'), bias=mlp.bias, residual=True, name='down')(h_BTF)

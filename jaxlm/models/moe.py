@@ -213,9 +213,9 @@ class Moe(nn.Module):
     y_BTD = mode(Experts(config, name='experts')(), x_BTD, experts_BTK, share_BTK).astype(config.dtype)
     if moe.shared_width:
       alike = dataclasses.replace(config, mlp=dataclasses.replace(config.mlp, width=moe.shared_width))
-      shared_BTD = Mlp(alike, self.layout.constrain, name='shared')(x_BTD)
+      shared_BTD = Mlp(alike, self.layout, name='shared')(x_BTD)
       if moe.shared_gate:
-        shared_BTD *= jax.nn.sigmoid(Dense(config, (1,), ('embed', None), bias=False, name='shared_gate')(x_BTD))
+        shared_BTD *= jax.nn.sigmoid(Dense(config, self.layout, (1,), ('embed', None), bias=False, name='shared_gate')(x_BTD))
       y_BTD += shared_BTD
     return y_BTD, losses(logits_BTE, probs_BTE, experts_BTK, segments_BT)
 

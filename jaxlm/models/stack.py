@@ -107,7 +107,7 @@ class Block(nn.Module):
 
     def feed(y_BTD):
       if not kind.moe:
-        return Mlp(config, self.layout.constrain, name='mlp')(y_BTD)
+        return Mlp(config, self.layout, name='mlp')(y_BTD)
       out_BTD, told = Moe(config, self.layout, name='mlp')(y_BTD, context.tokens.segments)
       aux.update(told)
       return out_BTD

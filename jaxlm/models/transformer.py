@@ -82,7 +82,7 @@ class Tower(nn.Module):
       if embedding.norm:
         self.embed_norm = Norm(config)
     if embedding.width != config.width:
-      self.embed_project = Dense(config, (config.width,), (None, 'embed'), bias=embedding.project_bias)
+      self.embed_project = Dense(config, self.layout, (config.width,), (None, 'embed'), bias=embedding.project_bias)
     if positions.kind == 'buckets':
       self.relative_bias = Embedding(config, positions.num_buckets, config.attention.num_heads, (None, 'heads'),
                                      std=config.width ** -0.5)
@@ -90,7 +90,7 @@ class Tower(nn.Module):
     if config.residual.final_norm:
       self.final_norm = Norm(config)
     if head.lm and head.transform != 'none':
-      self.head_transform = Transform(config, embedding.width, head.transform, head.transform_bias)
+      self.head_transform = Transform(config, self.layout, embedding.width, head.transform, head.transform_bias)
     if head.lm and head.bias:
       self.head_bias = self.param('head_bias', nn.with_logical_partitioning(nn.initializers.zeros, ('vocab',)),
                                   (config.padded_vocab,), jnp.dtype(config.param_dtype))
@@ -173,6 +173,7 @@ class Tower(nn.Module):
 class Transform(nn.Module):
   """Dense; with 'activation', 'tanh' or 'full' an activation; with 'full' a norm after it."""
   config: ModelConfig
+  layout: Layout
   width: int
   kind: str
   bias: bool
@@ -180,7 +181,7 @@ class Transform(nn.Module):
   @nn.compact
   def __call__(self, x: Array) -> Array:
     config = self.config
-    x = Dense(config, (self.width,), ('embed', None), bias=self.bias, name='dense')(x)
+    x = Dense(config, self.layout, (self.width,), ('embed', None), bias=self.bias, name='dense')(x)
     if self.kind != 'linear':
       x = lookup(ACTIVATIONS, 'tanh' if self.kind == 'tanh' else config.mlp.activation, 'activation')(x)
     return Norm(config, (None,), name='norm')(x) if self.kind == 'full' else x
@@ -220,9 +221,9 @@ class Transformer(Tower):
       self.query_embed = self.param('query_embed', nn.with_logical_partitioning(normal, ('embed',)), (E,), dtype)
     self.future = [Block(config, self.layout, config.layer_kinds()[-1]) for _ in range(config.future_heads)]
     if head.pooler != 'none':
-      self.pooler = Transform(config, config.width, head.pooler, head.pooler_bias)
+      self.pooler = Transform(config, self.layout, config.width, head.pooler, head.pooler_bias)
     if head.labels != 'none':
-      self.labels = Dense(config, (config.num_labels,), ('embed', None), bias=head.label_bias)
+      self.labels = Dense(config, self.layout, (config.num_labels,), ('embed', None), bias=head.label_bias)
 
   def __call__(self, batch: dict[str, Array], cache: list[BlockCache] | None = None, rng: Array | None = None,
                with_logits: bool = True) -> Output:

@@ -40,10 +40,11 @@ def test_a_constant_row_is_normed_to_the_bias(model_of):
 def test_dense_contracts_and_makes_several_dims(model_of):
   rng = np.random.default_rng(0)
   x, kernel, bias = (rng.standard_normal(s).astype(np.float32) for s in ((2, 3, 4, 8), (4, 8, 32), (32,)))
-  out = Dense(model_of().config, (32,), ('heads', 'head_dim', 'embed'), num_inputs=2)
+  config, layout = model_of().config, model_of().layout
+  out = Dense(config, layout, (32,), ('heads', 'head_dim', 'embed'), num_inputs=2)
   want = np.einsum('btnh,nhd->btd', x, kernel) + bias
   np.testing.assert_allclose(_apply(out, dict(kernel=kernel, bias=bias), x), want, atol=1e-5)
-  into = Dense(model_of().config, (4, 8), ('embed', 'heads', 'head_dim'), bias=False)
+  into = Dense(config, layout, (4, 8), ('embed', 'heads', 'head_dim'), bias=False)
   kernel = kernel.transpose(2, 0, 1)
   back = np.einsum('btd,dnh->btnh', want, kernel)
   np.testing.assert_allclose(_apply(into, dict(kernel=kernel), want), back, atol=1e-4)
@@ -53,7 +54,7 @@ def test_initial_scales_are_the_configs_and_shrink_with_depth_where_said(model_o
   model = model_of(num_layers=8, init=dict(std=0.5, embedding_std=0.1))
   x = jnp.zeros((1, 1, 64))
   std = lambda module, x: float(jnp.std(jax.tree.leaves(_initial(module, x))[-1]))
-  dense = lambda config, **more: Dense(config, (256,), ('mlp', 'embed'), bias=False, **more)
+  dense = lambda config, **more: Dense(config, model_of().layout, (256,), ('mlp', 'embed'), bias=False, **more)
   assert std(dense(model.config), x) == pytest.approx(0.5, rel=0.03)
   assert std(dense(model.config, residual=True), x) == pytest.approx(0.5 / 4, rel=0.03)
   flat = model_of(num_layers=8, init=dict(std=0.5, scale_by_depth=False)).config
@@ -65,7 +66,7 @@ def test_initial_scales_are_the_configs_and_shrink_with_depth_where_said(model_o
 @pytest.mark.parametrize('gated', [False, True])
 def test_a_gate_multiplies(gated, model_of):
   config = model_of(mlp=dict(gated=gated, activation='relu', bias=False)).config
-  mlp = Mlp(config, lambda x, *axes: x)
+  mlp = Mlp(config, model_of().layout)
   x = jax.random.normal(jax.random.key(0), (1, 3, 32))
   params = _initial(mlp, x)
   assert set(params) == {'up', 'down'} | ({'gate'} if gated else set())
@@ -75,7 +76,7 @@ def test_a_gate_multiplies(gated, model_of):
 
 
 def test_an_activation_of_ones_own_is_called(model_of):
-  x, own = jnp.ones((1, 1, 32)), Mlp(model_of(mlp=dict(activation='jax.numpy:sin')).config, lambda x, *axes: x)
+  x, own = jnp.ones((1, 1, 32)), Mlp(model_of(mlp=dict(activation='jax.numpy:sin')).config, model_of().layout)
   params = _initial(own, x)
   params['up']['bias'] += 1.0
   want = jnp.sin(x @ params['up']['kernel'] + 1.0) @ params['down']['kernel']
