@@ -2,13 +2,14 @@
 import collections
 import dataclasses
 import math
+import time
 from typing import Any, Mapping
 
 import jax
 import numpy as np
 
 from jaxlm import config as config_module
-from jaxlm import hardware, liveness, objectives, sharding, train, trees
+from jaxlm import hardware, lint, liveness, objectives, sharding, train, trees
 from jaxlm.data import words
 from jaxlm.data.tokenizers import Vocab
 from jaxlm.hlo import Message, Program
@@ -75,7 +76,7 @@ def make(config: Any, hardware_name: str, devices: int, assumptions: Assumptions
                                                                                               config) / devices
   memory = _memory(shapes, step, dtype)
   messages = [_rescaled(message, small, sizes) for message in program.messages()]
-  links = _links(messages, sizes, row, dtype, config.precision.params)
+  links = _links(messages, sizes, row, dtype)
   local_s = per_device / (peak * assumptions.efficiency) + _traffic(program, dtype) / row.bandwidth
   waited = sum(link['seconds'] for link in links if not link['overlapped'])
   beside = sum(link['seconds'] for link in links if link['overlapped'])
@@ -101,7 +102,7 @@ def make(config: Any, hardware_name: str, devices: int, assumptions: Assumptions
       flops=dict(model_per_token=model_flops / tokens_per_step, model_per_step=model_flops,
                  program_per_step=per_device * devices, program_over_model=per_device * devices / model_flops,
                  loops_by_formula=uncounted),
-      messages=links, pipeline=schedule,
+      messages=links, lint=lint.faults(program, parts, step.config), pipeline=schedule,
       time=dict(arithmetic_s=per_device / (peak * assumptions.efficiency), memory_s=_traffic(program, dtype) / row.bandwidth,
                 messages_beside_s=beside, messages_waited_s=waited, step_s=step_s, tokens_per_s=tokens_per_step / step_s,
                 mfu=model_flops / step_s / (devices * peak), tflops_per_device=model_flops / step_s / devices / 1e12),
@@ -146,20 +147,20 @@ def shrunk(sizes: Mapping[str, int]) -> dict[str, int]:
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-  """A compiled step, and the sizes it was compiled with."""
+  """A compiled step, and what it was compiled of."""
+  config: Any
   parts: train.Parts
   program: Program
   measured: float
   seconds: float
 
 
-def compiled(config: Any, sizes: Mapping[str, int], ratio: int = 1) -> Step:
-  """The true step of a config on simulated devices, in float32, for its rows a device.
+def assembled(config: Any, sizes: Mapping[str, int], ratio: int = 1) -> tuple[Any, train.Parts]:
+  """(the config of simulated devices in float32, for its rows a device; what the step of it is made of).
 
   Args:
     ratio: by how much fewer devices there are than the batch is for.
   """
-  import time
   count = math.prod(sizes.values())
   local = config.copy_and_resolve_references()
   with local.unlocked():
@@ -171,14 +172,19 @@ def compiled(config: Any, sizes: Mapping[str, int], ratio: int = 1) -> Step:
     raise JaxlmError(f'config.batch_size={config.batch_size} does not divide by the {ratio} parts of the mesh that are '
                      'compiled as one; choose another batch size, or fewer devices.')
   _simulate(count)
-  layout = sharding.layout_of(local, jax.devices()[:count])
-  parts = train.assemble(local, layout, stand_in(config))
+  return local, train.assemble(local, sharding.layout_of(local, jax.devices()[:count]), stand_in(config))
+
+
+def compiled(config: Any, sizes: Mapping[str, int], ratio: int = 1) -> Step:
+  """The true step, compiled for simulated devices; arguments as of `assembled`."""
+  local, parts = assembled(config, sizes, ratio)
+  layout = parts.shapes.layout
   batch = {key: jax.ShapeDtypeStruct((local.batch_size, *shape), dtype, sharding=layout.batch((local.batch_size, *shape)))
            for key, (shape, dtype) in parts.batch.items()}
   start = time.monotonic()
   done = parts.step_fn.lower(parts.shapes.state, parts.shapes.frozen, batch).compile()
   seconds = time.monotonic() - start
-  return Step(parts, Program(done.as_text(), layout.mesh.shape), done.memory_analysis().temp_size_in_bytes, seconds)
+  return Step(local, parts, Program(done.as_text(), layout.mesh.shape), done.memory_analysis().temp_size_in_bytes, seconds)
 
 
 def _simulate(count: int) -> None:
@@ -247,21 +253,22 @@ def _rescaled(message: Message, small: Mapping[str, int], sizes: Mapping[str, in
   return message if message.kind == 'collective-permute' else dataclasses.replace(message, size=message.size * grown)
 
 
-def _links(messages: list[Message], sizes: Mapping[str, int], row: hardware.Hardware, dtype: str,
-           params: str) -> list[dict[str, Any]]:
+def _links(messages: list[Message], sizes: Mapping[str, int], row: hardware.Hardware, dtype: str) -> list[dict[str, Any]]:
   """Messages by kind and axes: how many, how much, over which links, how long."""
   order = list(sizes)
   stride = {axis: math.prod(sizes[a] for a in order[i + 1:]) for i, axis in enumerate(order)}
   found: dict[tuple, dict[str, Any]] = {}
   for message in messages:
-    weights = set(message.axes) <= set(BATCH_AXES)
-    itemsize = {'float32': 1.0, 'bfloat16': 0.5}[params if weights else dtype]
+    # Sums over rows are gradients', in float32; weights are gathered, and all else travels, as it is multiplied.
+    summed = set(message.axes) <= set(BATCH_AXES) and message.kind in ('all-reduce', 'reduce-scatter')
+    itemsize = 1.0 if summed or dtype == 'float32' else 0.5
     near = all(stride[axis] * sizes[axis] <= row.near for axis in message.axes)
     entry = found.setdefault((message.kind, message.axes, message.emitted), dict(
         kind=message.kind, axes=list(message.axes), emitted=message.emitted, devices=message.size, times=0, bytes=0.0,
-        sent=0.0, links='near' if near else 'far', overlapped=set(message.axes) <= set(OVERLAPPED), seconds=0.0))
+        emitted_bytes=0.0, sent=0.0, links='near' if near else 'far', overlapped=set(message.axes) <= set(OVERLAPPED), seconds=0.0))
     entry['times'] += message.times
     entry['bytes'] += message.times * message.bytes * itemsize
+    entry['emitted_bytes'] += message.times * message.emitted_bytes * itemsize
     entry['sent'] += message.times * message.sent * itemsize
     entry['seconds'] += message.times * message.sent * itemsize / (row.fast if near else row.slow)
   return sorted(found.values(), key=lambda entry: -entry['sent'])
@@ -325,8 +332,8 @@ def _how(sizes: Mapping[str, int], small: Mapping[str, int], dtype: str, uncount
       'flops.program_per_step': 'measured from the program: its products times the rounds of their loops' + (
           '; attention by formula, for its loops depend on the data' if uncounted else ''),
       'messages': "measured from the program: bytes and rounds; an all-reduce of which each device keeps its part counts as "
-                  'a reduce-scatter (`emitted` says what the CPU compiler wrote); sizes of elements by dtype: weights and '
-                  'gradients as the parameters, the rest as computed',
+                  'a reduce-scatter, those whose results are only added up as one (`emitted`, `emitted_bytes`: what the CPU '
+                  'compiler wrote); gradients in float32, the rest as computed',
       'time': 'modelled: max(products / (peak · efficiency) + traffic / bandwidth, messages that need not be waited for) + '
               'those that must be; links by data sheet, ring algorithms' if not assumptions.sustained_tflops else
               'formula: model FLOPs / (devices · sustained_tflops)',
@@ -394,6 +401,7 @@ def table(found: Mapping[str, Any]) -> str:
   width = max(len(name) for _, name, _ in lines)
   told = [f'{how or " "}  {name.ljust(width)}  {text}' for how, name, text in lines]
   notes = [f'{key}: {text}' for key, text in found['how'].items()]
+  notes += [f'lint: {line}' for line in found['lint']] or ['lint: weights, activations and messages go by the layout']
   given = ', '.join(f'{key} {value:g}' for key, value in found['assumptions'].items() if value)
   return '\n'.join(['m measured from the program, x exact from shapes, f by a formula', *told, '', *notes,
                     f'assumed: {given}'])

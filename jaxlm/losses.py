@@ -176,8 +176,8 @@ def _cross_entropy_forward(vocabulary, hidden_BTD, w_VD, b_V, targets_BT, weight
 
   zeros = jax.tree.map(lambda x: jnp.zeros((parts, *x.shape), jnp.float32), (w_VD, b_V))
   sums, (nll_BT, correct_BT, loss_BT, dh_BTD) = _by_chunk(vocabulary, piece, zeros, hidden_BTD, targets_BT, weights_BT)
-  dw_VD, db_V = jax.tree.map(lambda x: x.sum(0), sums)
-  grads = dw_VD.astype(w_VD.dtype), None if b_V is None else db_V.astype(b_V.dtype)
+  dw_PVD, db_PV = sums
+  grads = layout.summed(dw_PVD, 'vocab', 'embed').astype(w_VD.dtype), None if b_V is None else db_PV.sum(0).astype(b_V.dtype)
   return _summed(loss_BT, nll_BT, correct_BT, weights_BT), (dh_BTD, *grads, targets_BT, weights_BT)
 
 
@@ -271,10 +271,10 @@ def replaced_loss(model: Transformer, vocabulary: Vocabulary, params: Tree, batc
   drawn_BM = jax.lax.stop_gradient(_draw(vocabulary, features_BME, unembedding, batch['example_ids'],
                                          jax.random.key(0) if rng is None else rng))
   tokens_BT, real_BT = batch['tokens'], (batch['segment_ids'] > 0).astype(jnp.float32)
-  rows_B1 = jnp.arange(tokens_BT.shape[0])[:, None]
   # Places that only fill the index up point at no column.
   index_BM = jnp.where(weights_BM > 0, index_BM, tokens_BT.shape[1])
-  shown_BT = tokens_BT.at[rows_B1, index_BM].set(drawn_BM.astype(tokens_BT.dtype), mode='drop')
+  put = lambda tokens_T, index_M, drawn_M: tokens_T.at[index_M].set(drawn_M.astype(tokens_T.dtype), mode='drop')
+  shown_BT = jax.vmap(put)(tokens_BT, index_BM, drawn_BM)  # a row at a time: devices need no other's
   replaced_BT = (shown_BT != tokens_BT).astype(jnp.float32)
   seen = {k: v for k, v in batch.items() if k != 'target_index'} | {'tokens': shown_BT}
   output = model.apply(variables, seen, rng=rng, with_logits=False)

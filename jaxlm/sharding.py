@@ -167,10 +167,26 @@ class Layout:
     used = PartitionSpec(*(tuple(a for a in axes_of((part,)) if a not in rows) or None for part in kept))
     return x if used == kept else jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, used))
 
-  def by_device(self, local: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
-    """`local` as each device runs it on its part of the arrays."""
-    # A pipeline's axis stays XLA's: its stages are a dim that vmap adds.
-    manual = {axis for axis, size in self.mesh.shape.items() if axis != 'pipe' or size == 1}
+  def summed(self, x_P: Array, *axes: str | None) -> Array:
+    """A weight's gradient, of what each device with rows of its own makes of it: x_P [batch_parts, ...].
+
+    Over the mesh axes that split the weight it is summed first, so that only a device's own part goes over the others.
+    """
+    rows, spec = self.axes('act_batch'), self.spec(axes, x_P.shape[1:], 'gradient')
+    x = x_P.reshape(*(self.mesh.shape[a] for a in rows), *x_P.shape[1:])
+    kept = [a for a in rows if a not in axes_of(spec)]
+    x = x.sum([i for i, a in enumerate(rows) if a not in kept])
+    x = jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, PartitionSpec(*kept, *spec)))
+    return x.sum(range(len(kept)))
+
+  def by_device(self, local: Callable[..., Any], in_specs: Any, out_specs: Any, in_stage: bool = True
+                ) -> Callable[..., Any]:
+    """`local` as each device runs it on its part of the arrays.
+
+    Args:
+      in_stage: whether it may stand inside a pipeline, whose axis then stays XLA's: stages are a dim that vmap adds.
+    """
+    manual = {axis for axis, size in self.mesh.shape.items() if axis != 'pipe' or size == 1 or not in_stage}
     return jax.shard_map(local, mesh=self.mesh, axis_names=manual, in_specs=in_specs, out_specs=out_specs)
 
   def axes(self, logical: str) -> tuple[str, ...]:

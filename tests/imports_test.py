@@ -18,8 +18,8 @@ data.store data.exports data.plans data.pipeline
 models.config models.layers models.positions models.kernels models.ring models.attention models.stages models.recurrent models.moe
 models.stack models.transformer models.cost
 families.keys families.bijections families.* families.table
-losses optim metrics pictures seal checkpoint rundir sampling weights gguf transfer hf decode lm loading evaluators journal
-check train bill search programs
+losses optim metrics seal checkpoint rundir sampling weights gguf transfer hf decode lm loading evaluators journal
+check train lint bill search pictures programs
 plan generate main prepare bench convert
 """.split()
 BLIND = {'objectives', 'data', 'models'}  # do not see each other

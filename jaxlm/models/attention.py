@@ -102,8 +102,9 @@ def _write(cache: LayerCache, k_BTKH: Array, v_BTKH: Array, tokens: Tokens, slot
   last_B1 = jnp.where(tokens.segments > 0, slots_BT, -1).max(axis=1, keepdims=True)
   kept_BT = (tokens.segments > 0) & (slots_BT > last_B1 - slots)
   slot_BT = jnp.where(kept_BT, slots_BT % slots, slots)
-  rows_B1 = jnp.arange(cache.k.shape[0])[:, None]
-  put = lambda old, new: old.at[rows_B1, slot_BT].set(new.astype(old.dtype), mode='drop')
+  # A row at a time: where rows are spread over devices, each writes its own.
+  put_row = jax.vmap(lambda old, new, slot_T: old.at[slot_T].set(new.astype(old.dtype), mode='drop'))
+  put = lambda old, new: put_row(old, new, slot_BT)
   return LayerCache(put(cache.k, k_BTKH), put(cache.v, v_BTKH), jax.tree.map(put, cache.tokens, tokens))
 
 

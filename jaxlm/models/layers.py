@@ -1,16 +1,17 @@
 """The parts of a block: projections, norms, embeddings, activations, dropout."""
 import functools
 import math
-from typing import Callable
+from typing import Any, Callable
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec
 
 from jaxlm.lookup import lookup
 from jaxlm.models.config import ModelConfig
-from jaxlm.sharding import Layout
+from jaxlm.sharding import Layout, axes_of
 from jaxlm.types import Array
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
@@ -58,6 +59,7 @@ def product(layout: Layout, axes: tuple[str | None, ...], x: Array, kernel: Arra
   """x [..., I] times a kernel of I inputs, flattened to [..., O].
 
   A kernel that is spread over devices which have rows of their own is gathered for each direction and kept in neither.
+  It is multiplied in x's dtype, and gathered in that; its gradient is summed in float32 over rows and devices.
 
   Args:
     axes: logical axes of the kernel.
@@ -67,15 +69,20 @@ def product(layout: Layout, axes: tuple[str | None, ...], x: Array, kernel: Arra
 
 
 def _product(layout, axes, x, kernel):
-  # One contracted and one free dim: the CPU and GPU libraries' own shape, whatever the heads.
-  return jnp.matmul(x, layout.gathered(kernel, *axes).reshape(x.shape[-1], -1)), (x, kernel)
+  return jnp.matmul(x, _matrix(layout, axes, x, kernel)), (x, kernel)
 
 
 def _product_backward(layout, axes, saved, dy):
   x, kernel = saved
-  matrix = layout.gathered(kernel, *axes).reshape(x.shape[-1], -1)
   lead = tuple(range(x.ndim - 1))
-  return jnp.matmul(dy, matrix.T), jax.lax.dot_general(x, dy, ((lead, lead), ((), ()))).reshape(kernel.shape)
+  dkernel = jax.lax.dot_general(x, dy, ((lead, lead), ((), ())), preferred_element_type=jnp.float32)
+  return (jnp.matmul(dy, _matrix(layout, axes, x, kernel).T),
+          layout.constrain(dkernel.reshape(kernel.shape), *axes).astype(kernel.dtype))
+
+
+def _matrix(layout, axes, x, kernel):
+  # One contracted and one free dim: the CPU and GPU libraries' own shape, whatever the heads.
+  return layout.gathered(kernel.astype(x.dtype), *axes).reshape(x.shape[-1], -1)
 
 
 product.defvjp(_product, _product_backward)
@@ -109,8 +116,8 @@ class Dense(nn.Module):
     kernel = self.param('kernel', nn.with_logical_partitioning(nn.initializers.normal(std), self.axes),
                         inputs + self.features, dtype)
     lead = x.shape[:x.ndim - self.num_inputs]
-    y = product(self.layout, self.axes, x.reshape(lead + (math.prod(inputs),)).astype(self.config.dtype),
-                kernel.astype(self.config.dtype)).reshape(lead + self.features)
+    y = product(self.layout, self.axes, x.reshape(lead + (math.prod(inputs),)).astype(self.config.dtype), kernel)
+    y = y.reshape(lead + self.features)
     if self.bias:
       bias = self.param('bias', nn.with_logical_partitioning(nn.initializers.zeros, self.axes[self.num_inputs:]),
                         self.features, dtype)
@@ -146,9 +153,43 @@ class Norm(nn.Module):
     return y.astype(self.config.dtype)
 
 
+def rows_of(layout: Layout, axes: tuple[str | None, str | None], table_VD: Array, ids_BT: Array, dtype: Any) -> Array:
+  """[B, T, D], the rows of a table that ids name.
+
+  Each device looks up, in the columns it keeps, what all need that share those rows of a batch; then they exchange columns
+  for rows. So what travels is what was asked for, not the table.
+
+  Args:
+    axes: logical axes of the table.
+    dtype: of the result; gradients are summed in the table's own.
+  """
+  if layout.mesh.size == 1:
+    return jnp.take(table_VD, ids_BT, axis=0).astype(dtype)
+  table, ids = layout.spec(axes, table_VD.shape, 'embedding'), layout.spec(('act_batch', 'act_length'), ids_BT.shape)
+  by_row, by_column = (axes_of(table[dim:dim + 1]) for dim in (0, 1))
+  exchanged = tuple(axis for axis in by_column if axis in axes_of(ids[:1]))
+  gathered = tuple(axis for axis in by_column if axis not in exchanged)
+
+  def local(table_VD, ids_BT):
+    if exchanged:
+      ids_BT = jax.lax.all_gather(ids_BT, exchanged, axis=0, tiled=True)
+    if by_row:
+      ids_BT = ids_BT - jax.lax.axis_index(by_row) * table_VD.shape[0]
+    mine_BT = (ids_BT >= 0) & (ids_BT < table_VD.shape[0])
+    x_BTD = jnp.take(table_VD, jnp.where(mine_BT, ids_BT, 0) if by_row else ids_BT, axis=0).astype(dtype)
+    if by_row:
+      x_BTD = jax.lax.psum(jnp.where(mine_BT[..., None], x_BTD, 0), by_row)
+    if gathered:
+      x_BTD = jax.lax.all_gather(x_BTD, gathered, axis=2, tiled=True)
+    return jax.lax.all_to_all(x_BTD, exchanged, 0, 2, tiled=True) if exchanged else x_BTD
+
+  return layout.by_device(local, (table, ids), PartitionSpec(*ids, None), in_stage=False)(table_VD, ids_BT)
+
+
 class Embedding(nn.Module):
   """A table of vectors; rows beyond the vocabulary only round its size up. Drawn with `std`, or init.embedding_std."""
   config: ModelConfig
+  layout: Layout
   size: int
   width: int
   axes: tuple[str | None, str]
@@ -161,7 +202,7 @@ class Embedding(nn.Module):
         jnp.dtype(self.config.param_dtype))
 
   def __call__(self, ids_BT: Array) -> Array:
-    return jnp.take(self.embedding, ids_BT, axis=0).astype(self.config.dtype)
+    return rows_of(self.layout, self.axes, self.embedding, ids_BT, self.config.dtype)
 
 
 class Mlp(nn.Module):

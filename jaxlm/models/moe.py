@@ -26,6 +26,7 @@ Weights = dict[str, tuple[Array, Array | None]]  # kernel [E, in, out] and bias 
 class Router(nn.Module):
   """Scores of experts, in float32: bfloat16 cannot tell close ones apart."""
   config: ModelConfig
+  layout: Layout
 
   @nn.compact
   def __call__(self, x_BTD: Array) -> tuple[Array, Array | None]:
@@ -33,9 +34,11 @@ class Router(nn.Module):
     init, E = self.config.init, self.config.moe.num_experts
     param = lambda name, init, axes, shape: self.param(name, nn.with_logical_partitioning(init, axes), shape,
                                                        jnp.float32)
-    w_DE = param('kernel', nn.initializers.normal(init.std), ('embed', None), (x_BTD.shape[-1], E))
+    axes = ('embed', None)
+    w_DE = param('kernel', nn.initializers.normal(init.std), axes, (x_BTD.shape[-1], E))
     bias_E = param('bias', nn.initializers.zeros, (None,), (E,)) if self.config.moe.router_bias else None
-    return jnp.einsum('BTD,DE->BTE', x_BTD.astype(jnp.float32), w_DE, precision=jax.lax.Precision.HIGHEST), bias_E
+    return jnp.einsum('BTD,DE->BTE', x_BTD.astype(jnp.float32), self.layout.gathered(w_DE, *axes),
+                      precision=jax.lax.Precision.HIGHEST), bias_E
 
 
 def choose(moe: MoeConfig, logits_BTE: Array, bias_E: Array | None) -> tuple[Array, Array, Array]:
@@ -202,7 +205,7 @@ class Moe(nn.Module):
     """(answers [B, T, D]; float32 [B] by name: 'balance', 'router_z')."""
     config, moe = self.config, self.config.moe
     self._check()
-    logits_BTE, bias_E = Router(config, name='router')(x_BTD)
+    logits_BTE, bias_E = Router(config, self.layout, name='router')(x_BTD)
     # On each device for its own tokens: XLA would gather all logits for top_k.
     rows = self._rows(x_BTD)
     experts_BTK, share_BTK, probs_BTE = self.layout.by_device(

@@ -69,7 +69,7 @@ class Tower(nn.Module):
                        f'"module:attribute"; choose one of {", ".join(POSITIONS)}.')
     # Tables are added to embeddings, before or after those are projected to the width.
     table_width = config.width if embedding.project_first else embedding.width
-    table = lambda size: Embedding(config, size, table_width, (None, 'embed'))
+    table = lambda size: Embedding(config, self.layout, size, table_width, (None, 'embed'))
     if self.reads:
       if positions.kind == 'learned':
         self.position_embed = table(config.max_length + positions.offset)
@@ -84,7 +84,7 @@ class Tower(nn.Module):
     if embedding.width != config.width:
       self.embed_project = Dense(config, self.layout, (config.width,), (None, 'embed'), bias=embedding.project_bias)
     if positions.kind == 'buckets':
-      self.relative_bias = Embedding(config, positions.num_buckets, config.attention.num_heads, (None, 'heads'),
+      self.relative_bias = Embedding(config, self.layout, positions.num_buckets, config.attention.num_heads, (None, 'heads'),
                                      std=config.width ** -0.5)
     self.stack = Stack(config, self.layout)
     if config.residual.final_norm:
@@ -207,7 +207,7 @@ class Transformer(Tower):
     super().setup()
     config, head = self.config, self.config.head
     E = config.embedding.width
-    self.embed = Embedding(config, config.padded_vocab, E, ('vocab', 'embed'))
+    self.embed = Embedding(config, self.layout, config.padded_vocab, E, ('vocab', 'embed'))
     towers = config.towers()
     if 'encoder/' in towers:
       self.encoder = Tower(towers['encoder/'], self.layout)

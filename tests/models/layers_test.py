@@ -59,7 +59,7 @@ def test_initial_scales_are_the_configs_and_shrink_with_depth_where_said(model_o
   assert std(dense(model.config, residual=True), x) == pytest.approx(0.5 / 4, rel=0.03)
   flat = model_of(num_layers=8, init=dict(std=0.5, scale_by_depth=False)).config
   assert std(dense(flat, residual=True), x) == pytest.approx(0.5, rel=0.03)
-  table = Embedding(model.config, 512, 32, ('vocab', 'embed'))
+  table = Embedding(model.config, model.layout, 512, 32, ('vocab', 'embed'))
   assert std(table, jnp.zeros((1, 1), jnp.int32)) == pytest.approx(0.1, rel=0.03)
 
 

@@ -1,0 +1,132 @@
+"""Whether a compiled step is laid out as its rules say: what is gathered, what is whole, which messages are sent."""
+import math
+from typing import Any, Iterator
+
+import jax
+import numpy as np
+
+from jaxlm import sharding, trees
+from jaxlm.hlo import Instruction, Message, Program
+from jaxlm.models import stages
+from jaxlm.train import Parts
+
+SMALL = 1 / 64  # of a device's part of the residual stream: messages up to so many bytes are nobody's concern
+
+
+def faults(program: Program, parts: Parts, config: Any) -> list[str]:
+  """What in a step does not go by its layout; one line each, nothing where all does.
+
+  Three things are looked for: a weight that is gathered beyond its own layer, an activation of which a device holds more
+  than the rules give it, and a collective along an axis on which the layout has none of that kind.
+
+  Args:
+    program: of the step.
+    parts: it was compiled of.
+    config: it was compiled with; the batch is that of all devices.
+  """
+  found = [*_gathers(program, parts), *_activations(program, parts, config), *_messages(program, parts, config)]
+  return list(dict.fromkeys(found))
+
+
+# ---- weights -------------------------------------------------------------------------------------------------------
+
+
+def _storage(parts: Parts) -> set[str]:
+  """Mesh axes that split rows, and weights too, to keep them."""
+  rows = set(parts.shapes.layout.axes('act_batch'))
+  specs = [x.sharding.spec for x in trees.flatten(parts.shapes.state.params).values()]
+  return {axis for spec in specs for axis in sharding.axes_of(spec)} & rows
+
+
+def _gathers(program: Program, parts: Parts) -> Iterator[str]:
+  storage, shapes = _storage(parts), parts.shapes
+  stages_, rounds, _ = stages.sizes(shapes.layout)
+  largest, of = 0, ''
+  for path, x in trees.flatten(shapes.state.params).items():
+    kept = math.prod(x.sharding.shard_shape(x.shape)) * np.dtype(x.dtype).itemsize
+    size = kept * math.prod(shapes.layout.mesh.shape[axis] for axis in sharding.axes_of(x.sharding.spec) if axis in storage)
+    if layers := shapes.layers(path):
+      held = x.sharding.shard_shape(x.shape)[0]
+      size //= held if stages_ == 1 else rounds  # a pipeline gathers what a stage has of a round once a step
+    if size > largest:
+      largest, of = size, path
+  for message in program.messages():
+    if message.kind == 'all-gather' and set(message.axes) <= storage and message.bytes > 1.01 * largest:
+      yield (f'{_told(message)}: more than the whole of the largest weight of a layer, {of}, {largest:,.0f} bytes.')
+
+
+# ---- activations ---------------------------------------------------------------------------------------------------
+
+
+def _activations(program: Program, parts: Parts, config: Any) -> Iterator[str]:
+  layout, model = parts.shapes.layout, parts.model.config
+  _, _, M = stages.sizes(layout)
+  wholes = {config.batch_size // config.accumulation // m for m in (1, M)} | {config.batch_size}
+  local = {rows // layout.batch_parts for rows in wholes}
+  lengths = {n // p for n in parts.lengths.values() for p in (1, layout.parts('act_length'), layout.parts('act_stream'))}
+  sizes = {'act_mlp': model.mlp.width, 'act_vocab': model.padded_vocab, 'act_heads': model.attention.num_heads}
+  heads = model.attention
+  common = {model.width, model.embedding.width, heads.num_heads * heads.head_dim, heads.num_kv_heads * heads.head_dim,
+            heads.head_dim, *lengths, *local, *wholes}
+  common |= {n // layout.parts(axis) for axis, n in sizes.items()}
+  split = {axis: n for axis, n in sizes.items() if layout.parts(axis) > 1 and n not in common
+           and list(sizes.values()).count(n) == 1}
+  for x in _arrays(program):
+    dims = x.shapes[0][1]
+    at = next((i for i, n in enumerate(dims[:-2]) if n in wholes | local and dims[i + 1] in lengths), None)
+    if at is not None and layout.batch_parts > 1 and dims[at] in wholes - local:
+      yield f'{_place(x)}: {_dims(dims)} holds all {dims[at]} rows, which go to {layout.batch_parts} devices (act_batch).'
+    rows = next((i for i, n in enumerate(dims[:-2]) if n in local and any(m in lengths for m in dims[i + 1:])), None)
+    for axis, n in split.items() if rows is not None else ():
+      if n in dims[rows + 1:]:
+        yield f'{_place(x)}: {_dims(dims)} has all {n} of {axis}, which {layout.parts(axis)} devices share.'
+
+
+def _arrays(program: Program) -> Iterator[Instruction]:
+  """Arrays of floats that exist in memory."""
+  fused = {name for instructions in program.computations.values() for x in instructions.values()
+           if x.opcode == 'fusion' for name in program.called(x)}
+  for computation, x, _, _ in program.walk():
+    if computation not in fused and len(x.shapes) == 1 and x.shapes[0][0] in ('f32', 'bf16', 'f16') and (
+        x.opcode not in ('parameter', 'get-tuple-element', 'tuple', 'bitcast')) and len(x.shapes[0][1]) > 2:
+      yield x
+
+
+# ---- messages ------------------------------------------------------------------------------------------------------
+
+
+def _messages(program: Program, parts: Parts, config: Any) -> Iterator[str]:
+  layout = parts.shapes.layout
+  storage, along = _storage(parts), {*layout.axes('act_length'), *layout.axes('act_stream')}
+  rows, inside = set(layout.axes('act_batch')), {*layout.axes('act_heads'), *layout.axes('act_mlp'), *layout.axes('act_vocab')}
+  expected = {
+      'all-gather': storage | along,
+      'reduce-scatter': rows | along | inside,
+      'all-reduce': rows | along | inside | {stages.AXIS},
+      # An embedding's columns lie with others than the rows that look them up.
+      'all-to-all': storage | along | {'expert'},
+      'collective-permute': along | {stages.AXIS},
+  }
+  rows_here = config.batch_size // config.accumulation // layout.batch_parts
+  small = SMALL * rows_here * max(parts.lengths.values()) * parts.model.config.width * 4
+  weight = max(math.prod(x.sharding.shard_shape(x.shape)) * 4 for x in jax.tree.leaves(parts.shapes.state.params))
+  for message in program.messages():
+    if message.bytes <= small or set(message.axes) <= expected[message.kind]:
+      continue
+    if config.optim.name == 'muon' and 'Transformer' not in message.source:
+      continue  # it multiplies whole matrices by themselves, however they are spread
+    # Where devices are idle that share no weight, XLA lets them multiply a part of its gradient, and moves that.
+    if message.kind != 'collective-permute' or message.bytes > weight or not set(message.axes) <= storage | inside:
+      yield f'{_told(message)}: no {message.kind} is expected there.'
+
+
+def _told(message: Message) -> str:
+  return f'{message.source or "?"}: {message.kind} over {" × ".join(message.axes)} of {message.bytes:,.0f} bytes'
+
+
+def _place(x: Instruction) -> str:
+  return x.source or x.name
+
+
+def _dims(dims: tuple[int, ...]) -> str:
+  return '×'.join(map(str, dims))
