@@ -3,7 +3,7 @@ import collections
 import dataclasses
 import math
 import time
-from typing import Any, Mapping
+from typing import Any, Mapping, Sequence
 
 import jax
 import numpy as np
@@ -12,8 +12,9 @@ from jaxlm import config as config_module
 from jaxlm import hardware, lint, liveness, objectives, sharding, train, trees
 from jaxlm.data import words
 from jaxlm.data.tokenizers import Vocab
-from jaxlm.hlo import Message, Program
+from jaxlm.hlo import Dot, Message, Program
 from jaxlm.models import cost, stages
+from jaxlm.models.attention import SCOPE
 from jaxlm.models.stack import init_cache
 from jaxlm.types import JaxlmError
 
@@ -59,21 +60,23 @@ def make(config: Any, hardware_name: str, devices: int, assumptions: Assumptions
   row = hardware.named(hardware_name)
   dtype = config.precision.compute
   peak = hardware.peak(row, hardware_name, dtype)
-  sizes = _sizes(config, devices)
+  sizes = mesh_of(config, devices)
   devices = math.prod(sizes.values())
-  small = shrunk(sizes)
-  ratio = devices // math.prod(small.values())
-  step = compiled(config, small, ratio)
-  program, parts = step.program, step.parts
+  step = compiled(config, sizes)
+  program, parts, small = step.program, step.parts, step.program.mesh
   model, shapes = parts.model, parts.shapes
   model_flops = cost.flops_per_row(model.config, parts.lengths) * config.batch_size
 
+  # The mask's part of attention, apart from what a kernel does beside it. Recomputed: forward once more.
+  again = 0 if model.config.remat == 'none' else 1
+  masked = cost.scores_per_row(model.config, parts.lengths) * config.batch_size * (3 + again)
   dots = program.dots()
-  per_device = sum(dot.flops * dot.times for dot in dots)
+  of_kernel = [dot for dot in dots if f'/{SCOPE}/' in dot.source]
   uncounted = any(not dot.counted for dot in dots)
-  if uncounted:  # the kernel's loops visit what the mask lets them: by formula
-    per_device = sum(dot.flops * dot.times for dot in dots if dot.counted) + _attention_flops(model.config, parts.lengths,
-                                                                                              config) / devices
+  # Loops of a kernel visit what the mask lets them, as data decides; a backward pass makes the scores again.
+  kernel = masked * (3.5 + again) / (3 + again) if uncounted else devices * _flops(of_kernel)
+  others = devices * (_flops(dots) - _flops(of_kernel))
+  per_device = (others + kernel) / devices
   memory = _memory(shapes, step, dtype)
   messages = [_rescaled(message, small, sizes) for message in program.messages()]
   links = _links(messages, sizes, row, dtype)
@@ -101,6 +104,7 @@ def make(config: Any, hardware_name: str, devices: int, assumptions: Assumptions
       compile_s=step.seconds, parameters=cost.parameters_by_part(plain), memory=memory,
       flops=dict(model_per_token=model_flops / tokens_per_step, model_per_step=model_flops,
                  program_per_step=per_device * devices, program_over_model=per_device * devices / model_flops,
+                 masked_over_model=(others + masked) / model_flops, kernel_over_mask=kernel / masked if masked else 1.0,
                  loops_by_formula=uncounted),
       messages=links, lint=lint.faults(program, parts, step.config), pipeline=schedule,
       time=dict(arithmetic_s=per_device / (peak * assumptions.efficiency), memory_s=_traffic(program, dtype) / row.bandwidth,
@@ -116,7 +120,8 @@ def make(config: Any, hardware_name: str, devices: int, assumptions: Assumptions
 # ---- the mesh ----------------------------------------------------------------------------------------------------
 
 
-def _sizes(config: Any, devices: int) -> dict[str, int]:
+def mesh_of(config: Any, devices: int = 0) -> dict[str, int]:
+  """{axis: size} of so many devices; 0: as many as config.mesh multiplies out to."""
   if not devices:
     fixed = [n for n in config.mesh.values() if n != -1]
     if len(fixed) < len(config.mesh):
@@ -155,16 +160,18 @@ class Step:
   seconds: float
 
 
-def assembled(config: Any, sizes: Mapping[str, int], ratio: int = 1) -> tuple[Any, train.Parts]:
-  """(the config of simulated devices in float32, for its rows a device; what the step of it is made of).
+def assembled(config: Any, sizes: Mapping[str, int]) -> tuple[Any, train.Parts]:
+  """(the config of as many simulated devices as there can be, in float32; what the step of it is made of).
 
   Args:
-    ratio: by how much fewer devices there are than the batch is for.
+    sizes: the whole mesh; where fewer devices are simulated, each has as many rows as it would.
   """
-  count = math.prod(sizes.values())
+  small = shrunk(sizes)
+  count = math.prod(small.values())
+  ratio = math.prod(sizes.values()) // count
   local = config.copy_and_resolve_references()
   with local.unlocked():
-    local.mesh.update(sizes)
+    local.mesh.update(small)
     local.update(batch_size=config.batch_size // ratio, batch_ramp=())
     local.precision.compute = 'float32'
     local.sharding.offload_optimizer = False
@@ -175,9 +182,9 @@ def assembled(config: Any, sizes: Mapping[str, int], ratio: int = 1) -> tuple[An
   return local, train.assemble(local, sharding.layout_of(local, jax.devices()[:count]), stand_in(config))
 
 
-def compiled(config: Any, sizes: Mapping[str, int], ratio: int = 1) -> Step:
+def compiled(config: Any, sizes: Mapping[str, int]) -> Step:
   """The true step, compiled for simulated devices; arguments as of `assembled`."""
-  local, parts = assembled(config, sizes, ratio)
+  local, parts = assembled(config, sizes)
   layout = parts.shapes.layout
   batch = {key: jax.ShapeDtypeStruct((local.batch_size, *shape), dtype, sharding=layout.batch((local.batch_size, *shape)))
            for key, (shape, dtype) in parts.batch.items()}
@@ -274,6 +281,10 @@ def _links(messages: list[Message], sizes: Mapping[str, int], row: hardware.Hard
   return sorted(found.values(), key=lambda entry: -entry['sent'])
 
 
+def _flops(dots: Sequence[Dot]) -> float:
+  return sum(dot.flops * dot.times for dot in dots)
+
+
 def _traffic(program: Program, dtype: str) -> float:
   """Bytes that a step reads and writes beside its products' own: results of everything that is no product, twice."""
   share = 1.0 if dtype == 'float32' else 0.5
@@ -284,15 +295,6 @@ def _traffic(program: Program, dtype: str) -> float:
     if computation not in fused and x.opcode in ('fusion', 'reduce', 'copy', 'transpose', 'dot', 'concatenate'):
       total += 2 * share * x.bytes * times
   return total
-
-
-def _attention_flops(config: Any, lengths: Mapping[str, int], given: Any) -> float:
-  """Of a step: scores and their values as the mask requires, forward once (twice with remat), backward two and a half
-  times, as the blockwise kernels compute them."""
-  columns = lengths['tokens']
-  forward = sum(4.0 * columns * config.attention.num_heads * config.attention.head_dim
-                * cost.attended(columns, config.window(layer), config.visibility) for layer in range(config.num_layers))
-  return forward * given.batch_size * (3.5 if config.remat == 'none' else 4.5)
 
 
 # ---- answering ---------------------------------------------------------------------------------------------------
@@ -349,8 +351,8 @@ def _how(sizes: Mapping[str, int], small: Mapping[str, int], dtype: str, uncount
   return found
 
 
-def _amount(x: float, unit: str = '') -> str:
-  """1.75e11 as '175 B' (bytes: 'GB')."""
+def amount(x: float, unit: str = '') -> str:
+  """1.75e11 as '175 G', with a unit 'B' as '175 GB'."""
   steps = ((1e24, 'Y'), (1e21, 'Z'), (1e18, 'E'), (1e15, 'P'), (1e12, 'T'), (1e9, 'G'), (1e6, 'M'), (1e3, 'k'))
   for size, letter in steps:
     if abs(x) >= size:
@@ -365,23 +367,25 @@ def table(found: Mapping[str, Any]) -> str:
   lines = [('', 'devices', f'{found["devices"]:,} {found["hardware"]} ({mesh}), compiled for '
                            f'{found["compiled_devices"]:,} in {found["compile_s"]:.0f} s'),
            ('x', 'parameters', f'{found["params_total"]:,}: ' + ', '.join(
-               f'{name} {_amount(n)}' for name, n in sorted(found['parameters'].items(), key=lambda p: -p[1]))),
-           ('f', 'model FLOPs', f'{_amount(flops["model_per_token"])} a token, {_amount(flops["model_per_step"])} a step'),
+               f'{name} {amount(n)}' for name, n in sorted(found['parameters'].items(), key=lambda p: -p[1]))),
+           ('f', 'model FLOPs', f'{amount(flops["model_per_token"])} a token, {amount(flops["model_per_step"])} a step'),
            ('f' if flops['loops_by_formula'] else 'm', 'program FLOPs',
-            f'{_amount(flops["program_per_step"])} a step, {flops["program_over_model"]:.2f} of the model\'s')]
+            f'{amount(flops["program_per_step"])} a step, {flops["program_over_model"]:.2f} of the model\'s; '
+            f'{flops["masked_over_model"]:.2f} were attention what the mask requires, of which its kernel does '
+            f'{flops["kernel_over_mask"]:.2f}')]
   for key in ('parameters', 'optimizer', 'average', 'gradients'):
-    lines.append(('x', f'bytes a device: {key}', _amount(memory[key], 'B')
+    lines.append(('x', f'bytes a device: {key}', amount(memory[key], 'B')
                   + (' (among the temporaries)' if key == 'gradients' else '')))
-  lines += [('f', 'bytes a device: temporaries', f'{_amount(memory["temporaries"], "B")}; in float32 '
-             f'{_amount(memory["temporaries_float32"], "B")}, the compiler says '
-             f'{_amount(memory["temporaries_float32_measured"], "B")}; ' + ', '.join(
-                 f'{name} {_amount(n, "B")}' for name, n in memory['temporaries_by_class'].items())),
-            ('f', 'bytes a device: together', f'{_amount(memory["total"], "B")}, '
+  lines += [('f', 'bytes a device: temporaries', f'{amount(memory["temporaries"], "B")}; in float32 '
+             f'{amount(memory["temporaries_float32"], "B")}, the compiler says '
+             f'{amount(memory["temporaries_float32_measured"], "B")}; ' + ', '.join(
+                 f'{name} {amount(n, "B")}' for name, n in memory['temporaries_by_class'].items())),
+            ('f', 'bytes a device: together', f'{amount(memory["total"], "B")}, '
              + ('fits' if found['fits'] else 'DOES NOT FIT'))]
   for link in found['messages']:
     if link['sent'] > 1e-3 * max(m['sent'] for m in found['messages']):
       lines.append(('m', f'{link["kind"]} over {" × ".join(link["axes"])}',
-                    f'{link["times"]:,} of {link["devices"]:,} devices, {_amount(link["sent"], "B")} sent by each, '
+                    f'{link["times"]:,} of {link["devices"]:,} devices, {amount(link["sent"], "B")} sent by each, '
                     f'{link["links"]} links, {link["seconds"]:.3g} s' + ('' if link['overlapped'] else ', waited for')))
   if pipeline['stages'] > 1:
     lines.append(('f', 'pipeline', f'{pipeline["stages"]} stages, {pipeline["microbatches"]} microbatches, '
@@ -389,14 +393,14 @@ def table(found: Mapping[str, Any]) -> str:
                   'the place of layers'))
   lines += [('f', 'step', f'{time["step_s"]:.3g} s: products {time["arithmetic_s"]:.3g}, traffic {time["memory_s"]:.3g}, '
              f'messages {time["messages_beside_s"]:.3g} beside them and {time["messages_waited_s"]:.3g} waited for'),
-            ('f', 'speed', f'{_amount(time["tokens_per_s"])} tokens/s, {time["tflops_per_device"]:.3g} TFLOP/s a device, '
+            ('f', 'speed', f'{amount(time["tokens_per_s"])} tokens/s, {time["tflops_per_device"]:.3g} TFLOP/s a device, '
              f'MFU {time["mfu"]:.1%}'),
-            ('f', 'job', f'{_amount(job["tokens"])} tokens, {_amount(job["flops"])}FLOP, {job["days"]:.3g} days, '
-             f'{_amount(job["device_hours"])} device-hours, ' + (f'{job["money"]:,.0f} in money, ' if job['money'] else '')
-             + f'{_amount(job["kwh"])} kWh, {_amount(job["co2e_kg"])} kg CO2e')]
+            ('f', 'job', f'{amount(job["tokens"])} tokens, {amount(job["flops"])}FLOP, {job["days"]:.3g} days, '
+             f'{amount(job["device_hours"])} device-hours, ' + (f'{job["money"]:,.0f} in money, ' if job['money'] else '')
+             + f'{amount(job["kwh"])} kWh, {amount(job["co2e_kg"])} kg CO2e')]
   if answer := found['inference']:
     speeds = ', '.join(f'{speed:.3g} at batch {rows}' for rows, speed in answer['decode_tokens_per_s'].items())
-    lines.append(('f', 'answering', f'on {answer["devices"]}: cache {_amount(answer["cache_bytes_per_token"], "B")} a token, '
+    lines.append(('f', 'answering', f'on {answer["devices"]}: cache {amount(answer["cache_bytes_per_token"], "B")} a token, '
                   f'prefill {answer["prefill_s"]:.3g} s, decoding tokens/s {speeds}'))
   width = max(len(name) for _, name, _ in lines)
   told = [f'{how or " "}  {name.ljust(width)}  {text}' for how, name, text in lines]

@@ -61,11 +61,12 @@ def _gathers(program: Program, parts: Parts) -> Iterator[str]:
 def _activations(program: Program, parts: Parts, config: Any) -> Iterator[str]:
   layout, model = parts.shapes.layout, parts.model.config
   _, _, M = stages.sizes(layout)
+  heads = model.attention
   wholes = {config.batch_size // config.accumulation // m for m in (1, M)} | {config.batch_size}
+  wholes -= {heads.num_heads, heads.num_kv_heads}  # scores are [rows, heads, queries, keys]
   local = {rows // layout.batch_parts for rows in wholes}
   lengths = {n // p for n in parts.lengths.values() for p in (1, layout.parts('act_length'), layout.parts('act_stream'))}
   sizes = {'act_mlp': model.mlp.width, 'act_vocab': model.padded_vocab, 'act_heads': model.attention.num_heads}
-  heads = model.attention
   common = {model.width, model.embedding.width, heads.num_heads * heads.head_dim, heads.num_kv_heads * heads.head_dim,
             heads.head_dim, *lengths, *local, *wholes}
   common |= {n // layout.parts(axis) for axis, n in sizes.items()}
@@ -74,7 +75,9 @@ def _activations(program: Program, parts: Parts, config: Any) -> Iterator[str]:
   for x in _arrays(program):
     dims = x.shapes[0][1]
     at = next((i for i, n in enumerate(dims[:-2]) if n in wholes | local and dims[i + 1] in lengths), None)
-    if at is not None and layout.batch_parts > 1 and dims[at] in wholes - local:
+    # All rows of a share of the columns are no more than all columns of a share of the rows.
+    if at is not None and dims[at] in wholes - local and x.elements * layout.batch_parts > math.prod(
+        dims[:at + 2]) * max(model.width, model.embedding.width):
       yield f'{_place(x)}: {_dims(dims)} holds all {dims[at]} rows, which go to {layout.batch_parts} devices (act_batch).'
     rows = next((i for i, n in enumerate(dims[:-2]) if n in local and any(m in lengths for m in dims[i + 1:])), None)
     for axis, n in split.items() if rows is not None else ():

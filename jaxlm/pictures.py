@@ -1,8 +1,9 @@
-"""Pictures for notebooks: what was learned, who attends to whom, where a parameter lives. Need matplotlib."""
+"""Pictures for notebooks: what was learned, who attends to whom, where a model lives. Need matplotlib."""
 from typing import Any, Sequence
 
 import numpy as np
 
+from jaxlm import bill, trees
 from jaxlm.metrics import read_jsonl
 from jaxlm.models import kernels
 from jaxlm.types import JaxlmError
@@ -10,15 +11,20 @@ from jaxlm.types import JaxlmError
 # One hue from light to dark for quantities; distinct hues in a fixed order for identities.
 QUANTITY = 'Blues'
 IDENTITY = 'tab10'
+SHOWN = 8  # devices named in a part of a picture
 
 
-def _axes(axes: Any, width: float, height: float) -> Any:
-  """The axes given, or new ones of a size in inches."""
+def _pyplot() -> Any:
   try:
     import matplotlib.pyplot as plt
   except ImportError as e:
     raise JaxlmError('Pictures need matplotlib: pip install "jaxlm[notebooks]".') from e
-  return axes if axes is not None else plt.subplots(figsize=(width, height), layout='constrained')[1]
+  return plt
+
+
+def _axes(axes: Any, width: float, height: float) -> Any:
+  """The axes given, or new ones of a size in inches."""
+  return axes if axes is not None else _pyplot().subplots(figsize=(width, height), layout='constrained')[1]
 
 
 def losses(workdir: str, axes: Any = None) -> Any:
@@ -149,7 +155,49 @@ def layout(sharding: Any, shape: Sequence[int], axes: Any = None, title: str = '
   for (top, bottom, left, right), devices in parts.items():
     axes.add_patch(matplotlib.patches.Rectangle((left, top), right - left, bottom - top, facecolor=(
         *colors(devices[0] % 10)[:3], 0.55), edgecolor='white', linewidth=2))
-    axes.text((left + right) / 2, (top + bottom) / 2, ', '.join(map(str, sorted(devices))), ha='center', va='center')
+    told = [*map(str, sorted(devices)[:SHOWN]), *(['…'] if len(devices) > SHOWN else [])]
+    axes.text((left + right) / 2, (top + bottom) / 2, ', '.join(told), ha='center', va='center', fontsize=8)
   axes.set(xlim=(0, columns), ylim=(rows, 0), xticks=[0, columns], yticks=[0, rows],
            title=title or f'{"×".join(map(str, shape))} on {len(sharding.device_set)} devices')
   return axes
+
+
+def explain(config: Any, devices: int = 0, hardware: str = 'h100') -> Any:
+  """How a config lies on its devices: parts of the largest weights, bytes of each device, and what a step sends.
+
+  The step is compiled for devices that are simulated, as `python -m jaxlm.plan` does.
+
+  Args:
+    config: validated.
+    devices: how many; 0: as many as config.mesh multiplies out to.
+    hardware: a row of hardware.HARDWARE, for what is near and far.
+  Returns:
+    matplotlib's figure.
+  """
+  plt, found = _pyplot(), bill.make(config, hardware, devices)
+  shapes = bill.assembled(config, bill.mesh_of(config, devices))[1].shapes
+  weights = {}  # the largest of each shape
+  for path, x in sorted(trees.flatten(shapes.state.params).items(), key=lambda item: -item[1].size):
+    weights.setdefault((x.shape, x.sharding.spec), (path, x))
+  figure = plt.figure(figsize=(12, 6.5), layout='constrained')
+  grid = figure.add_gridspec(2, 4)
+  for i, (path, x) in enumerate([*weights.values()][:4]):
+    title = path.removeprefix('stack/period/').replace('/kernel', '')
+    layout(x.sharding, x.shape, figure.add_subplot(grid[0, i]), f'{title}\n{"×".join(map(str, x.shape))}')
+  memory, left, right = found['memory'], figure.add_subplot(grid[1, :2]), figure.add_subplot(grid[1, 2:])
+  classes = {name: memory[name] for name in ('parameters', 'optimizer', 'average')} | memory['temporaries_by_class']
+  sent = {}
+  for link in found['messages']:
+    name = f'{link["kind"]} over {" × ".join(link["axes"])}'
+    sent[name] = sent.get(name, 0.0) + link['sent']
+  for axes, bars, title in ((left, classes, 'a device holds'), (right, sent, 'a device sends in a step')):
+    bars = dict(sorted(((name, n) for name, n in bars.items() if n), key=lambda bar: bar[1])[-8:])
+    drawn = axes.barh(list(bars), list(bars.values()), color=plt.colormaps[QUANTITY](0.6), height=0.6)
+    axes.bar_label(drawn, [bill.amount(n, 'B') for n in bars.values()], padding=4)
+    axes.set(title=title, xticks=[])
+    axes.spines[['top', 'right', 'bottom']].set_visible(False)
+    axes.margins(x=0.2)
+  mesh = ' × '.join(f'{axis}={n}' for axis, n in found['mesh'].items()) or 'one device'
+  faults = f'{len(found["lint"])} things do not go by the layout; see python -m jaxlm.plan'
+  figure.suptitle(f'{mesh}: {faults if found["lint"] else "all goes by the layout"}')
+  return figure

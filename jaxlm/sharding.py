@@ -186,8 +186,11 @@ class Layout:
     Args:
       in_stage: whether it may stand inside a pipeline, whose axis then stays XLA's: stages are a dim that vmap adds.
     """
-    manual = {axis for axis, size in self.mesh.shape.items() if axis != 'pipe' or size == 1 or not in_stage}
-    return jax.shard_map(local, mesh=self.mesh, axis_names=manual, in_specs=in_specs, out_specs=out_specs)
+    staged = in_stage and self.mesh.shape['pipe'] > 1
+    manual = {axis for axis in self.mesh.shape if axis != 'pipe' or not staged}
+    # The axes that vmap adds are not known inside loops (JAX 0.10, 0.12), so who differs along which cannot be checked.
+    return jax.shard_map(local, mesh=self.mesh, axis_names=manual, in_specs=in_specs, out_specs=out_specs,
+                         check_vma=not staged)
 
   def axes(self, logical: str) -> tuple[str, ...]:
     """The mesh axes, of more than one device, that split a dim of this logical axis by its first rule."""

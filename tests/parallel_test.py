@@ -108,7 +108,8 @@ OFFLOAD = {'sharding.offload_optimizer': True, 'model.remat': 'offload', 'model.
 CASES = [
     ('decoder', dict(seq=8), RING, {}),
     ('mixture', dict(seq=2, tensor=2, fsdp=2), RING, {}),
-    ('windowed', dict(pipe=2, tensor=2, fsdp=2), ROUNDS | REMAT, {'model.dropout': 0.1}),
+    ('windowed', dict(pipe=2, tensor=2, fsdp=2), ROUNDS | REMAT | {'model.attention.kernel': 'blockwise'},
+     {'model.dropout': 0.1}),
     ('encoder_decoder', dict(pipe=4, data=2), {'pipeline.microbatches': 8}, {}),
     ('two_stream', dict(pipe=2, seq=2, data=2), {'accumulation': 2}, {}),
     ('mixture', dict(expert=4, data=2), {}, {}),

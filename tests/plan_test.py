@@ -93,7 +93,7 @@ MESHES = {
 @pytest.fixture(scope='module', params=MESHES)
 def step(request):
   config = config_of(**MESHES[request.param])
-  return config, bill.compiled(config, bill._sizes(config, 8))
+  return config, bill.compiled(config, bill.mesh_of(config, 8))
 
 
 def test_modelled_temporaries_are_near_the_compilers(step):
@@ -175,3 +175,95 @@ def test_a_search_ranks_what_fits_first():
 def test_hardware_is_found_by_what_devices_call_themselves(name):
   row = hardware.named(name)
   assert all(hardware.of_device(f'{kind} 80GB HBM3')[0] == name for kind in row.kinds if kind != 'TPU v5')
+
+
+# ---- against theory ----------------------------------------------------------------------------------------------
+
+
+def decoder(**changes):
+  """Four layers of a Llama with a vocabulary that needs no rounding up."""
+  return config_of(**{'model.num_layers': 4, 'model.width': 128, 'model.mlp.width': 512, 'model.mlp.gated': True,
+                      'model.attention.num_heads': 8, 'model.attention.num_kv_heads': 8, 'model.attention.head_dim': 16,
+                      'model.positions.kind': 'rope', 'model.norm.kind': 'rmsnorm', 'seq_len': 256, **changes})
+
+
+def sent(step, kind, *axes, inside=''):
+  """(how many, bytes of the whole) of a step's messages of a kind along these axes."""
+  found = [m for m in step.program.messages() if m.kind == kind and m.axes == axes and inside in m.source]
+  return sum(m.times for m in found), sum(m.times * m.bytes for m in found)
+
+
+@pytest.mark.parametrize('remat', ['none', 'full'])
+@pytest.mark.parametrize('mesh', [dict(fsdp=8), dict(fsdp=2, tensor=2, data=2)], ids=['fsdp', 'with tensor'])
+def test_weights_are_gathered_twice_and_their_gradients_scattered_once(mesh, remat):
+  config = decoder(**{f'mesh.{axis}': n for axis, n in mesh.items()}, **{'model.remat': remat})
+  step = bill.compiled(config, bill.mesh_of(config))
+  of_group = trees.num_bytes(step.parts.shapes.state.params) / mesh.get('tensor', 1)
+  moved = {kind: sent(step, kind, 'fsdp')[1] / of_group for kind in ('all-gather', 'reduce-scatter', 'all-reduce')}
+  print(mesh, remat, moved)
+  assert moved['all-gather'] <= 1.15 * 2 and 1 / 1.15 < moved['reduce-scatter'] <= 1.15 and moved['all-reduce'] < 0.01
+  if 'data' in mesh:  # what is left of a gradient then
+    assert sent(step, 'all-reduce', 'data')[1] <= 1.15 * of_group / mesh['fsdp']
+
+
+@pytest.mark.parametrize('stream', [(), ('seq', 'tensor')], ids=['whole stream', 'split stream'])
+def test_tensor_parallelism_sums_twice_a_layer_in_each_direction(stream):
+  config = decoder(**{'mesh.tensor': 2})
+  if stream:
+    base.lay(config, act_stream=stream)
+  step = bill.compiled(config, bill.mesh_of(config))
+  residual = 16 * 256 * 128 * 4
+  kind = 'reduce-scatter' if stream else 'all-reduce'
+  count, moved = sent(step, kind, 'tensor', inside='slot_0')
+  print(kind, count, moved / residual)
+  assert count == 4 * 4 and moved == pytest.approx(4 * 4 * residual, rel=0.01)
+  gathers, gathered = sent(step, 'all-gather', 'tensor', inside='slot_0')
+  # Forward two; backward two of gradients, and two of what entered, for the weights' gradients.
+  assert (gathers, gathered) == ((4 * 6, pytest.approx(4 * 6 * residual, rel=0.01)) if stream else (0, 0))
+
+
+def test_a_ring_passes_a_block_on_while_it_is_used():
+  config = decoder(**{'mesh.seq': 8, 'model.attention.kernel': 'ring'})
+  program = bill.compiled(config, bill.mesh_of(config)).program
+  passed = [(name, x, times) for name, x, times, _ in program.walk() if x.opcode.startswith('collective-permute')
+            and 'attend' in x.source]
+  after = {'forward': 0, 'backward': 0}
+  for name, x, _ in passed:
+    waits, todo = set(), list(x.operands)
+    while todo:
+      if (operand := todo.pop()) not in waits and operand in program.computations[name]:
+        waits.add(operand)
+        todo += program.computations[name][operand].operands
+    after['backward' if 'transpose' in x.source else 'forward'] += any(
+        program.computations[name][other].opcode in ('dot', 'while', 'call') for other in waits)
+  assert after['forward'] == 0
+  block = 16 * 256 // 8 * 128 * 4  # keys, or values, of one device
+  moved = sum(times * x.bytes for _, x, times in passed)
+  # Keys and values, once round in each direction; the second time their gradients go with them, and a step further, home.
+  assert moved == 4 * block * (2 * 8 + 4 * 8 + 2)
+
+
+@pytest.mark.parametrize('remat, most', [('none', 1.05), ('full', 1.36)])
+@pytest.mark.parametrize('kernel', ['dense', 'blockwise'])
+def test_products_are_those_of_the_model(kernel, remat, most):
+  config = decoder(**{'mesh.fsdp': 4, 'mesh.tensor': 2, 'model.attention.kernel': kernel, 'model.remat': remat})
+  flops = bill.make(config, 'h100', 8)['flops']
+  print({key: round(flops[key], 3) for key in ('program_over_model', 'masked_over_model', 'kernel_over_mask')})
+  assert 1.0 <= flops['masked_over_model'] <= most
+  assert flops['kernel_over_mask'] < 2.01  # dense makes every score, the mask asks for half of them
+
+
+@pytest.mark.slow
+def test_more_devices_and_as_many_more_rows_are_the_same_for_each(tmp_path):
+  found = {}
+  for devices in (8, 64, 1024):
+    done = subprocess.run([sys.executable, '-m', 'jaxlm.plan', f'--config={ROOT}/experiments/gpt2.py', '--hardware=h100',
+                           '--config.mesh.fsdp=8', '--config.mesh.data=-1', f'--devices={devices}', '--config.accumulation=1',
+                           f'--config.batch_size={4 * devices}', f'--output={tmp_path}/plan.json'],
+                          env=dict(os.environ, PYTHONPATH=str(ROOT), XLA_FLAGS=''), capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr
+    bill_ = json.loads((tmp_path / 'plan.json').read_text())
+    found[devices] = bill_['flops']['program_per_step'] / devices, bill_['bytes_per_device']
+  print(found)
+  for flops, held in found.values():
+    assert flops == pytest.approx(found[8][0], rel=0.03) and held == pytest.approx(found[8][1], rel=0.03)

@@ -15,6 +15,7 @@ from jaxlm.models.ring import attend
 from jaxlm.sharding import Layout
 from jaxlm.types import Array
 
+SCOPE = 'attend'  # in names of a compiled program's instructions: the kernel's
 ATTENTION_SITE, CROSS_SITE = 0, 1  # of dropout; stack.py numbers the others
 
 
@@ -161,8 +162,10 @@ class Attention(nn.Module):
     if self.is_mutable_collection('attention'):  # somebody asked to see the probabilities
       drop = lambda probs: (self.sow('attention', 'probs', probs), probs)[1]
     sink_N = self._param('sink', nn.initializers.zeros, ('heads',), (attention.num_heads,)) if attention.sink else None
-    out_BTNH = out_of(attend(self.layout, attention.kernel, q_BTNH, k_BSKH, v_BSKH, visibility, scale=scale,
-                             softcap=attention.softcap, bias=bias, sink_N=sink_N, dropout=drop, block=attention.block))
+    with jax.named_scope(SCOPE):
+      out_BTNH = attend(self.layout, attention.kernel, q_BTNH, k_BSKH, v_BSKH, visibility, scale=scale,
+                        softcap=attention.softcap, bias=bias, sink_N=sink_N, dropout=drop, block=attention.block)
+    out_BTNH = out_of(out_BTNH)
     out_BTNH = checkpoint_name(out_BTNH, 'attention_out')
     out_BTD = Dense(config, self.layout, (config.width,), ('heads', 'head_dim', 'embed'), num_inputs=2, bias=attention.out_bias,
                     residual=True, name='out')(out_BTNH)

@@ -2,6 +2,8 @@
 import collections
 from typing import Mapping
 
+import numpy as np
+
 from jaxlm import trees
 from jaxlm.models.config import ModelConfig
 from jaxlm.types import Tree
@@ -51,6 +53,16 @@ def flops_per_row(config: ModelConfig, lengths: Mapping[str, int], training: boo
     training: forward and backward; False: forward alone.
   Source: Chowdhery et al. 2022, PaLM, appendix B, but for the mask.
   """
+  return (3 if training else 1) * 2 * float(_forward(config, lengths).sum())
+
+
+def scores_per_row(config: ModelConfig, lengths: Mapping[str, int]) -> float:
+  """The part of a forward `flops_per_row` that is queries with keys, and probabilities with values, as the mask requires."""
+  return 2 * float(_forward(config, lengths)[1])
+
+
+def _forward(config: ModelConfig, lengths: Mapping[str, int]) -> np.ndarray:
+  """Multiply-adds of a row: [with weights, of scores]."""
   columns, source = lengths['tokens'], lengths.get('source_tokens', 0)
   queries = lengths.get('query_positions', 0) if config.structure == 'two_stream' else 0
   targets = lengths.get('targets', columns)
@@ -60,13 +72,14 @@ def flops_per_row(config: ModelConfig, lengths: Mapping[str, int], training: boo
   if config.head.lm:
     # A future head is a block more, and the output matrix once more.
     forward += config.future_heads * _stack(config, columns, 0, 0) / config.num_layers
-    forward += targets * (1 + config.future_heads) * _head(config)
+    forward[0] += targets * (1 + config.future_heads) * _head(config)
   if config.generator.width:
     generator = config.towers()['generator/']
-    forward += _stack(generator, columns, 0, 0) + targets * _head(generator)
+    forward += _stack(generator, columns, 0, 0)
+    forward[0] += targets * _head(generator)
   scored = {'none': 0, 'sequence': 1}.get(config.head.labels, columns)
-  forward += scored * config.width * (config.num_labels + (config.width if config.head.pooler != 'none' else 0))
-  return (3 if training else 1) * 2 * forward
+  forward[0] += scored * config.width * (config.num_labels + (config.width if config.head.pooler != 'none' else 0))
+  return forward
 
 
 def _head(config: ModelConfig) -> float:
@@ -75,11 +88,11 @@ def _head(config: ModelConfig) -> float:
   return E * config.vocab_size + (config.width * E if config.head.transform != 'none' else 0)
 
 
-def _stack(config: ModelConfig, columns: int, queries: int, source: int) -> float:
-  """Multiply-adds of a stack for a row: columns that are keys and queries, queries alone, columns of a source."""
+def _stack(config: ModelConfig, columns: int, queries: int, source: int) -> np.ndarray:
+  """Multiply-adds of a stack for a row, [with weights, of scores]: columns that are keys and queries, queries alone, columns of a source."""
   attention, latent, D = config.attention, config.attention.latent, config.width
   N, K, H, rows = attention.num_heads, attention.num_kv_heads, attention.head_dim, columns + queries
-  total = columns * config.embedding.width * D if config.embedding.width != D else 0
+  total, scores = columns * config.embedding.width * D if config.embedding.width != D else 0, 0.0
   for layer, kind in enumerate(config.layer_kinds()):
     if config.mixer != 'attention':
       total += columns * 2 * D * D * GATES[config.mixer] * (2 if config.visibility == 'full' else 1)
@@ -88,18 +101,21 @@ def _stack(config: ModelConfig, columns: int, queries: int, source: int) -> floa
       if latent.kv_rank:
         into, C, R, V = latent.q_rank or D, latent.kv_rank, latent.rope_dim, latent.value_dim
         total += rows * (into * N * (H + R) + (D * latent.q_rank if latent.q_rank else 0) + N * V * D)
-        total += columns * (D * (C + R) + C * N * (H + V)) + rows * N * (H + R + V) * seen
+        total += columns * (D * (C + R) + C * N * (H + V))
+        scores += rows * N * (H + R + V) * seen
       else:
-        total += rows * 2 * D * N * H + columns * 2 * D * K * H + rows * 2 * N * H * seen
+        total += rows * 2 * D * N * H + columns * 2 * D * K * H
+        scores += rows * 2 * N * H * seen
       if config.positions.kind == 'relative':
         total += (2 * columns + 1) * (D * N * H + rows * N * H)
         total += rows * 2 * N * H if config.embedding.token_types else 0
     if config.structure == 'encoder_decoder':
-      total += columns * 2 * D * N * H + source * 2 * D * K * H + columns * 2 * N * H * source
+      total += columns * 2 * D * N * H + source * 2 * D * K * H
+      scores += columns * 2 * N * H * source
     matrices = 3 if config.mlp.gated else 2
     if kind.moe:
       moe = config.moe
       total += rows * D * (moe.num_experts + matrices * (moe.top_k * moe.width + moe.shared_width) + moe.shared_gate)
     else:
       total += rows * D * config.mlp.width * matrices
-  return total
+  return np.array([total, scores], float)

@@ -6,6 +6,7 @@ from typing import Any, Callable
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -133,6 +134,57 @@ def _sorted(keys_Y: Array) -> tuple[Array, Array]:
   return jax.lax.sort_key_val(keys_Y, jnp.arange(keys_Y.shape[0], dtype=jnp.int32) + 0 * keys_Y)
 
 
+def _ragged(contract_rows: bool) -> Callable[..., Array]:
+  """Products of stretches of rows, as many as sizes_E says: x_YI with each's matrix of [E, I, O] is [Y, O]; or, where rows
+  are contracted, with y_YO is [E, I, O], in float32. Any number of dims may stand in front of all.
+  """
+  # JAX 0.10 vmaps ragged_dot once at most; a pipeline's stages and rows are two.
+  @jax.custom_batching.custom_vmap
+  def product(x: Array, y: Array, sizes_E: Array) -> Array:
+    lead = sizes_E.shape[:-1]
+    n = int(len(lead) > 0)  # one dim in front
+    flat = lambda a: a.reshape(-1, *a.shape[len(lead):]) if n else a
+    batch = (0,) if n else ()
+    if contract_rows:
+      numbers = jax.lax.RaggedDotDimensionNumbers((((n,), (n,)), (batch, batch)), [n], [])
+      out = jax.lax.ragged_dot_general(flat(x), flat(y), flat(sizes_E), numbers, preferred_element_type=jnp.float32)
+      out = jnp.swapaxes(out, 0, 1) if n else out
+    else:
+      numbers = jax.lax.RaggedDotDimensionNumbers((((n + 1,), (n + 1,)), (batch, batch)), [n], [n])
+      out = jax.lax.ragged_dot_general(flat(x), flat(y), flat(sizes_E), numbers)
+    return out.reshape(*lead, *out.shape[n:])
+
+  @product.def_vmap
+  def _(size, batched, *args):
+    front = (a if is_batched else jnp.broadcast_to(a, (size, *a.shape)) for a, is_batched in zip(args, batched))
+    return product(*front), True
+
+  return product
+
+
+_RAGGED, _RAGGED_ROWS = _ragged(False), _ragged(True)
+
+
+@jax.custom_vjp
+def by_group(x_YI: Array, kernel_EIO: Array, sizes_E: Array) -> Array:
+  """[Y, O]: stretches of rows, as many as sizes_E says, each times its own matrix, in x's dtype."""
+  return _RAGGED(x_YI, kernel_EIO.astype(x_YI.dtype), sizes_E)
+
+
+def _by_group_forward(x_YI, kernel_EIO, sizes_E):
+  return by_group(x_YI, kernel_EIO, sizes_E), (x_YI, kernel_EIO, sizes_E)
+
+
+def _by_group_backward(saved, dy_YO):
+  x_YI, kernel_EIO, sizes_E = saved
+  dx_YI = _RAGGED(dy_YO, jnp.swapaxes(kernel_EIO, 1, 2).astype(dy_YO.dtype), sizes_E)
+  dkernel_EIO = _RAGGED_ROWS(x_YI, dy_YO, sizes_E)
+  return dx_YI, dkernel_EIO.astype(kernel_EIO.dtype), np.zeros(sizes_E.shape, jax.dtypes.float0)
+
+
+by_group.defvjp(_by_group_forward, _by_group_backward)
+
+
 def by_sorting(config: ModelConfig, weights: Weights, x_XD: Array, experts_XK: Array, share_XK: Array,
                first: Array | int, down_bias: Array | float) -> Array:
   """Weighted answers, float32 [X, D], of the experts whose weights are here to X tokens.
@@ -156,7 +208,7 @@ def by_sorting(config: ModelConfig, weights: Weights, x_XD: Array, experts_XK: A
 
   def multiply(rows, name, bias_scale=1.0):
     kernel, bias = weights[name]
-    y = jax.lax.ragged_dot(rows, kernel.astype(config.dtype), sizes_E)
+    y = by_group(rows, kernel, sizes_E)
     if bias is not None:
       y = y + (bias_scale * bias[jnp.minimum(number_Y, E - 1)]).astype(y.dtype)
     return known(y)

@@ -10,7 +10,7 @@ import pytest
 
 from jaxlm import config as base
 from jaxlm import sharding, trees
-from jaxlm.models.moe import Moe, capacity, places
+from jaxlm.models.moe import Moe, by_group, capacity, places
 from jaxlm.models.stack import unstack
 from jaxlm.types import JaxlmError
 
@@ -18,6 +18,24 @@ from jaxlm.types import JaxlmError
 ATOL = 1e-5
 RULES = tuple(base.default().sharding.rules)
 TOGETHER = tuple((axis, ('replica', 'data', 'fsdp', 'expert') if axis == 'act_batch' else to) for axis, to in RULES)
+
+
+def test_stretches_of_rows_meet_their_matrices_inside_any_number_of_vmaps():
+  rng = np.random.default_rng(0)
+  sizes = np.array([[[2, 3, 1], [0, 7, 0]], [[1, 1, 1], [7, 0, 0]], [[2, 2, 3], [0, 0, 3]]], np.int32)
+  x, kernel = rng.standard_normal((3, 2, 7, 4)), rng.standard_normal((3, 2, 3, 4, 5))
+
+  def plain(x, kernel):
+    owner = (np.arange(7)[:, None] >= np.cumsum(sizes, -1)[..., None, :]).sum(-1)  # 3: nobody's
+    return jnp.stack([jnp.stack([jnp.stack([
+        x[i, j, y] @ kernel[i, j, owner[i, j, y]] if owner[i, j, y] < 3 else jnp.zeros(5) for y in range(7)])
+        for j in range(2)]) for i in range(3)])
+
+  nested = lambda x, kernel: jax.vmap(jax.vmap(by_group))(x, kernel, jnp.asarray(sizes))
+  given = jnp.asarray(x, jnp.float32), jnp.asarray(kernel, jnp.float32)
+  np.testing.assert_allclose(nested(*given), plain(*given), atol=ATOL)
+  slope = lambda fn: jax.grad(lambda *given: (fn(*given) ** 2).sum(), (0, 1))(*given)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=ATOL), slope(jax.jit(nested)), slope(plain))
 
 
 @pytest.fixture(scope='session')
