@@ -45,6 +45,16 @@ class Assumptions:
   tokens: float = 0.0
 
 
+@dataclasses.dataclass(frozen=True)
+class Step:
+  """A compiled step, and what it was compiled of."""
+  config: Any
+  parts: train.Parts
+  program: Program
+  measured: float
+  seconds: float
+
+
 def make(config: Any, hardware_name: str, devices: int, assumptions: Assumptions = Assumptions()) -> dict[str, Any]:
   """The bill of a config.
 
@@ -58,11 +68,21 @@ def make(config: Any, hardware_name: str, devices: int, assumptions: Assumptions
     JaxlmError: a mesh that does not multiply out or divide, more devices than can be simulated, unknown hardware.
   """
   row = hardware.named(hardware_name)
-  dtype = config.precision.compute
-  peak = hardware.peak(row, hardware_name, dtype)
+  hardware.peak(row, hardware_name, config.precision.compute)  # says what is unknown, before any work
   sizes = mesh_of(config, devices)
-  devices = math.prod(sizes.values())
-  step = compiled(config, sizes)
+  return read(compiled(config, sizes), config, hardware_name, sizes, assumptions)
+
+
+def read(step: Step, config: Any, hardware_name: str, sizes: Mapping[str, int],
+         assumptions: Assumptions = Assumptions()) -> dict[str, Any]:
+  """As `make`, of a step that is compiled.
+
+  Args:
+    step: of `config`.
+    sizes: the whole mesh, of which the step's may be a part.
+  """
+  row, dtype, devices = hardware.named(hardware_name), config.precision.compute, math.prod(sizes.values())
+  peak = hardware.peak(row, hardware_name, dtype)
   program, parts, small = step.program, step.parts, step.program.mesh
   model, shapes = parts.model, parts.shapes
   model_flops = cost.flops_per_row(model.config, parts.lengths) * config.batch_size
@@ -71,7 +91,7 @@ def make(config: Any, hardware_name: str, devices: int, assumptions: Assumptions
   again = 0 if model.config.remat == 'none' else 1
   masked = cost.scores_per_row(model.config, parts.lengths) * config.batch_size * (3 + again)
   dots = program.dots()
-  of_kernel = [dot for dot in dots if f'/{SCOPE}/' in dot.source]
+  of_kernel = [dot for dot in dots if f'/{SCOPE}/' in dot.source or not dot.counted]
   uncounted = any(not dot.counted for dot in dots)
   # Loops of a kernel visit what the mask lets them, as data decides; a backward pass makes the scores again.
   kernel = masked * (3.5 + again) / (3 + again) if uncounted else devices * _flops(of_kernel)
@@ -89,6 +109,9 @@ def make(config: Any, hardware_name: str, devices: int, assumptions: Assumptions
   tokens_per_step = config.batch_size * config.seq_len
   tokens = assumptions.tokens or float(tokens_per_step * config.steps)
   S, R, M = stages.sizes(shapes.layout)
+  # A pipeline's bubbles are among its products, and the compiler leaves no source on those that vmap made.
+  apart = {} if S > 1 or not masked else dict(masked_over_model=(others + masked) / model_flops,
+                                              kernel_over_mask=kernel / masked)
   schedule = dict(stages=S, microbatches=M, repeats=R, bubble=(S - 1) / (R * M + S - 1))
   if S > 1:
     stacks = {path.partition('stack/period')[0]: shapes.layers(path) for path in trees.flatten(shapes.state.params)
@@ -104,8 +127,7 @@ def make(config: Any, hardware_name: str, devices: int, assumptions: Assumptions
       compile_s=step.seconds, parameters=cost.parameters_by_part(plain), memory=memory,
       flops=dict(model_per_token=model_flops / tokens_per_step, model_per_step=model_flops,
                  program_per_step=per_device * devices, program_over_model=per_device * devices / model_flops,
-                 masked_over_model=(others + masked) / model_flops, kernel_over_mask=kernel / masked if masked else 1.0,
-                 loops_by_formula=uncounted),
+                 loops_by_formula=uncounted) | apart,
       messages=links, lint=lint.faults(program, parts, step.config), pipeline=schedule,
       time=dict(arithmetic_s=per_device / (peak * assumptions.efficiency), memory_s=_traffic(program, dtype) / row.bandwidth,
                 messages_beside_s=beside, messages_waited_s=waited, step_s=step_s, tokens_per_s=tokens_per_step / step_s,
@@ -150,16 +172,6 @@ def shrunk(sizes: Mapping[str, int]) -> dict[str, int]:
   return found
 
 
-@dataclasses.dataclass(frozen=True)
-class Step:
-  """A compiled step, and what it was compiled of."""
-  config: Any
-  parts: train.Parts
-  program: Program
-  measured: float
-  seconds: float
-
-
 def assembled(config: Any, sizes: Mapping[str, int]) -> tuple[Any, train.Parts]:
   """(the config of as many simulated devices as there can be, in float32; what the step of it is made of).
 
@@ -191,7 +203,8 @@ def compiled(config: Any, sizes: Mapping[str, int]) -> Step:
   start = time.monotonic()
   done = parts.step_fn.lower(parts.shapes.state, parts.shapes.frozen, batch).compile()
   seconds = time.monotonic() - start
-  return Step(local, parts, Program(done.as_text(), layout.mesh.shape), done.memory_analysis().temp_size_in_bytes, seconds)
+  measured = done.memory_analysis().temp_size_in_bytes
+  return Step(local, parts, Program(done.as_text(), layout.mesh.shape), measured, seconds)
 
 
 def _simulate(count: int) -> None:
@@ -260,7 +273,8 @@ def _rescaled(message: Message, small: Mapping[str, int], sizes: Mapping[str, in
   return message if message.kind == 'collective-permute' else dataclasses.replace(message, size=message.size * grown)
 
 
-def _links(messages: list[Message], sizes: Mapping[str, int], row: hardware.Hardware, dtype: str) -> list[dict[str, Any]]:
+def _links(messages: list[Message], sizes: Mapping[str, int], row: hardware.Hardware,
+           dtype: str) -> list[dict[str, Any]]:
   """Messages by kind and axes: how many, how much, over which links, how long."""
   order = list(sizes)
   stride = {axis: math.prod(sizes[a] for a in order[i + 1:]) for i, axis in enumerate(order)}
@@ -272,7 +286,8 @@ def _links(messages: list[Message], sizes: Mapping[str, int], row: hardware.Hard
     near = all(stride[axis] * sizes[axis] <= row.near for axis in message.axes)
     entry = found.setdefault((message.kind, message.axes, message.emitted), dict(
         kind=message.kind, axes=list(message.axes), emitted=message.emitted, devices=message.size, times=0, bytes=0.0,
-        emitted_bytes=0.0, sent=0.0, links='near' if near else 'far', overlapped=set(message.axes) <= set(OVERLAPPED), seconds=0.0))
+        emitted_bytes=0.0, sent=0.0, links='near' if near else 'far',
+        overlapped=set(message.axes) <= set(OVERLAPPED), seconds=0.0))
     entry['times'] += message.times
     entry['bytes'] += message.times * message.bytes * itemsize
     entry['emitted_bytes'] += message.times * message.emitted_bytes * itemsize
@@ -289,10 +304,8 @@ def _traffic(program: Program, dtype: str) -> float:
   """Bytes that a step reads and writes beside its products' own: results of everything that is no product, twice."""
   share = 1.0 if dtype == 'float32' else 0.5
   total = 0.0
-  fused = {name for instructions in program.computations.values() for x in instructions.values()
-           if x.opcode == 'fusion' for name in program.called(x)}
   for computation, x, times, _ in program.walk():
-    if computation not in fused and x.opcode in ('fusion', 'reduce', 'copy', 'transpose', 'dot', 'concatenate'):
+    if computation not in program.fused and x.opcode in ('fusion', 'reduce', 'copy', 'transpose', 'dot', 'concatenate'):
       total += 2 * share * x.bytes * times
   return total
 
@@ -370,9 +383,9 @@ def table(found: Mapping[str, Any]) -> str:
                f'{name} {amount(n)}' for name, n in sorted(found['parameters'].items(), key=lambda p: -p[1]))),
            ('f', 'model FLOPs', f'{amount(flops["model_per_token"])} a token, {amount(flops["model_per_step"])} a step'),
            ('f' if flops['loops_by_formula'] else 'm', 'program FLOPs',
-            f'{amount(flops["program_per_step"])} a step, {flops["program_over_model"]:.2f} of the model\'s; '
-            f'{flops["masked_over_model"]:.2f} were attention what the mask requires, of which its kernel does '
-            f'{flops["kernel_over_mask"]:.2f}')]
+            f'{amount(flops["program_per_step"])} a step, {flops["program_over_model"]:.2f} of the model\'s' + (
+                f'; {flops["masked_over_model"]:.2f} were attention what the mask requires, of which its kernel does '
+                f'{flops["kernel_over_mask"]:.2f}' if 'kernel_over_mask' in flops else ''))]
   for key in ('parameters', 'optimizer', 'average', 'gradients'):
     lines.append(('x', f'bytes a device: {key}', amount(memory[key], 'B')
                   + (' (among the temporaries)' if key == 'gradients' else '')))

@@ -162,6 +162,12 @@ class Program:
     return [name for name in found + (re.findall(r'[\w.\-]+', branches[1]) if branches else [])
             if name in self.computations]
 
+  @functools.cached_property
+  def fused(self) -> set[str]:
+    """Computations inside fusions, whose values never exist in memory."""
+    return {name for instructions in self.computations.values() for x in instructions.values()
+            if x.opcode == 'fusion' for name in self.called(x)}
+
   def dots(self) -> list[Dot]:
     """Every matrix product."""
     found = []
@@ -169,14 +175,8 @@ class Program:
       if x.opcode == 'dot':
         _, left = self.computations[computation][x.operands[0]].shapes[0]
         inner = math.prod(left[dim] for dim in x.numbers('lhs_contracting_dims'))
-        found.append(Dot(2.0 * math.prod(x.shapes[0][1]) * inner, times, counted, self._source(computation, x)))
+        found.append(Dot(2.0 * math.prod(x.shapes[0][1]) * inner, times, counted, x.source))
     return found
-
-  def _source(self, computation: str, x: Instruction) -> str:
-    """Of an instruction, or of what its operands or users come from where the compiler left none."""
-    here = self.computations[computation]
-    near = [x, *(here[name] for name in x.operands if name in here), *self._users[computation].get(x.name, [])]
-    return next((y.source for y in near if y.source), '')
 
   def messages(self) -> list[Message]:
     """Every collective between devices."""

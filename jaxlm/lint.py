@@ -16,15 +16,16 @@ SMALL = 1 / 64  # of a device's part of the residual stream: messages up to so m
 def faults(program: Program, parts: Parts, config: Any) -> list[str]:
   """What in a step does not go by its layout; one line each, nothing where all does.
 
-  Three things are looked for: a weight that is gathered beyond its own layer, an activation of which a device holds more
-  than the rules give it, and a collective along an axis on which the layout has none of that kind.
+  Three things are looked for: a weight that is gathered beyond its own layer, an activation of which a device holds
+  more than the rules give it, and a collective along an axis on which the layout has none of that kind.
 
   Args:
     program: of the step.
     parts: it was compiled of.
     config: it was compiled with; the batch is that of all devices.
   """
-  found = [*_gathers(program, parts), *_activations(program, parts, config), *_messages(program, parts, config)]
+  messages = program.messages()
+  found = [*_gathers(messages, parts), *_activations(program, parts, config), *_messages(messages, parts, config)]
   return list(dict.fromkeys(found))
 
 
@@ -38,21 +39,21 @@ def _storage(parts: Parts) -> set[str]:
   return {axis for spec in specs for axis in sharding.axes_of(spec)} & rows
 
 
-def _gathers(program: Program, parts: Parts) -> Iterator[str]:
+def _gathers(messages: list[Message], parts: Parts) -> Iterator[str]:
   storage, shapes = _storage(parts), parts.shapes
   stages_, rounds, _ = stages.sizes(shapes.layout)
   largest, of = 0, ''
   for path, x in trees.flatten(shapes.state.params).items():
     kept = math.prod(x.sharding.shard_shape(x.shape)) * np.dtype(x.dtype).itemsize
-    size = kept * math.prod(shapes.layout.mesh.shape[axis] for axis in sharding.axes_of(x.sharding.spec) if axis in storage)
+    size = kept * math.prod(shapes.layout.mesh.shape[a] for a in sharding.axes_of(x.sharding.spec) if a in storage)
     if layers := shapes.layers(path):
       held = x.sharding.shard_shape(x.shape)[0]
       size //= held if stages_ == 1 else rounds  # a pipeline gathers what a stage has of a round once a step
     if size > largest:
       largest, of = size, path
-  for message in program.messages():
+  for message in messages:
     if message.kind == 'all-gather' and set(message.axes) <= storage and message.bytes > 1.01 * largest:
-      yield (f'{_told(message)}: more than the whole of the largest weight of a layer, {of}, {largest:,.0f} bytes.')
+      yield f'{_told(message)}: more than the whole of the largest weight of a layer, {of}, {largest:,.0f} bytes.'
 
 
 # ---- activations ---------------------------------------------------------------------------------------------------
@@ -65,7 +66,8 @@ def _activations(program: Program, parts: Parts, config: Any) -> Iterator[str]:
   wholes = {config.batch_size // config.accumulation // m for m in (1, M)} | {config.batch_size}
   wholes -= {heads.num_heads, heads.num_kv_heads}  # scores are [rows, heads, queries, keys]
   local = {rows // layout.batch_parts for rows in wholes}
-  lengths = {n // p for n in parts.lengths.values() for p in (1, layout.parts('act_length'), layout.parts('act_stream'))}
+  cuts = 1, layout.parts('act_length'), layout.parts('act_stream')
+  lengths = {n // parts_of for n in parts.lengths.values() for parts_of in cuts}
   sizes = {'act_mlp': model.mlp.width, 'act_vocab': model.padded_vocab, 'act_heads': model.attention.num_heads}
   common = {model.width, model.embedding.width, heads.num_heads * heads.head_dim, heads.num_kv_heads * heads.head_dim,
             heads.head_dim, *lengths, *local, *wholes}
@@ -78,7 +80,8 @@ def _activations(program: Program, parts: Parts, config: Any) -> Iterator[str]:
     # All rows of a share of the columns are no more than all columns of a share of the rows.
     if at is not None and dims[at] in wholes - local and x.elements * layout.batch_parts > math.prod(
         dims[:at + 2]) * max(model.width, model.embedding.width):
-      yield f'{_place(x)}: {_dims(dims)} holds all {dims[at]} rows, which go to {layout.batch_parts} devices (act_batch).'
+      yield (f'{_place(x)}: {_dims(dims)} holds all {dims[at]} rows, which go to {layout.batch_parts} devices '
+             '(act_batch).')
     rows = next((i for i, n in enumerate(dims[:-2]) if n in local and any(m in lengths for m in dims[i + 1:])), None)
     for axis, n in split.items() if rows is not None else ():
       if n in dims[rows + 1:]:
@@ -87,10 +90,8 @@ def _activations(program: Program, parts: Parts, config: Any) -> Iterator[str]:
 
 def _arrays(program: Program) -> Iterator[Instruction]:
   """Arrays of floats that exist in memory."""
-  fused = {name for instructions in program.computations.values() for x in instructions.values()
-           if x.opcode == 'fusion' for name in program.called(x)}
   for computation, x, _, _ in program.walk():
-    if computation not in fused and len(x.shapes) == 1 and x.shapes[0][0] in ('f32', 'bf16', 'f16') and (
+    if computation not in program.fused and len(x.shapes) == 1 and x.shapes[0][0] in ('f32', 'bf16', 'f16') and (
         x.opcode not in ('parameter', 'get-tuple-element', 'tuple', 'bitcast')) and len(x.shapes[0][1]) > 2:
       yield x
 
@@ -98,10 +99,11 @@ def _arrays(program: Program) -> Iterator[Instruction]:
 # ---- messages ------------------------------------------------------------------------------------------------------
 
 
-def _messages(program: Program, parts: Parts, config: Any) -> Iterator[str]:
+def _messages(messages: list[Message], parts: Parts, config: Any) -> Iterator[str]:
   layout = parts.shapes.layout
   storage, along = _storage(parts), {*layout.axes('act_length'), *layout.axes('act_stream')}
-  rows, inside = set(layout.axes('act_batch')), {*layout.axes('act_heads'), *layout.axes('act_mlp'), *layout.axes('act_vocab')}
+  rows = set(layout.axes('act_batch'))
+  inside = {axis for logical in ('act_heads', 'act_mlp', 'act_vocab') for axis in layout.axes(logical)}
   expected = {
       'all-gather': storage | along,
       'reduce-scatter': rows | along | inside,
@@ -113,7 +115,7 @@ def _messages(program: Program, parts: Parts, config: Any) -> Iterator[str]:
   rows_here = config.batch_size // config.accumulation // layout.batch_parts
   small = SMALL * rows_here * max(parts.lengths.values()) * parts.model.config.width * 4
   weight = max(math.prod(x.sharding.shard_shape(x.shape)) * 4 for x in jax.tree.leaves(parts.shapes.state.params))
-  for message in program.messages():
+  for message in messages:
     if message.bytes <= small or set(message.axes) <= expected[message.kind]:
       continue
     if config.optim.name == 'muon' and 'Transformer' not in message.source:

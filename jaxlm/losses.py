@@ -109,7 +109,6 @@ def token_losses(vocabulary: Vocabulary, hidden_BTD: Array, w_VD: Array, b_V: Ar
                  targets_BT: Array) -> tuple[Array, Array]:
   """(nll in nats, 1 where the target is the likeliest token), float32 [B, T] each; for measuring, not training."""
   w_VD = _matrix(vocabulary, w_VD, hidden_BTD.dtype)
-
   def piece(carry, inputs):
     hidden_BTD, targets_BT, _ = inputs
     _, nll_BT, correct_BT, _ = _token_losses(vocabulary, _logits(vocabulary, hidden_BTD, w_VD, b_V), targets_BT)
@@ -141,7 +140,6 @@ def cross_entropy(vocabulary: Vocabulary, hidden_BTD: Array, w_VD: Array, b_V: A
 
 def _forward(vocabulary, hidden_BTD, w_VD, b_V, targets_BT, weights_BT):
   w_VD = _matrix(vocabulary, w_VD, hidden_BTD.dtype)
-
   def piece(carry, inputs):
     hidden_BTD, targets_BT, _ = inputs
     loss_BT, nll_BT, correct_BT, _ = _token_losses(vocabulary, _logits(vocabulary, hidden_BTD, w_VD, b_V), targets_BT)
@@ -177,7 +175,8 @@ def _cross_entropy_forward(vocabulary, hidden_BTD, w_VD, b_V, targets_BT, weight
   zeros = jax.tree.map(lambda x: jnp.zeros((parts, *x.shape), jnp.float32), (w_VD, b_V))
   sums, (nll_BT, correct_BT, loss_BT, dh_BTD) = _by_chunk(vocabulary, piece, zeros, hidden_BTD, targets_BT, weights_BT)
   dw_PVD, db_PV = sums
-  grads = layout.summed(dw_PVD, 'vocab', 'embed').astype(w_VD.dtype), None if b_V is None else db_PV.sum(0).astype(b_V.dtype)
+  grads = (layout.summed(dw_PVD, 'vocab', 'embed').astype(w_VD.dtype),
+           None if b_V is None else db_PV.sum(0).astype(b_V.dtype))
   return _summed(loss_BT, nll_BT, correct_BT, weights_BT), (dh_BTD, *grads, targets_BT, weights_BT)
 
 

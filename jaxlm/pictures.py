@@ -174,10 +174,11 @@ def explain(config: Any, devices: int = 0, hardware: str = 'h100') -> Any:
   Returns:
     matplotlib's figure.
   """
-  plt, found = _pyplot(), bill.make(config, hardware, devices)
-  shapes = bill.assembled(config, bill.mesh_of(config, devices))[1].shapes
+  plt, sizes = _pyplot(), bill.mesh_of(config, devices)
+  step = bill.compiled(config, sizes)
+  found = bill.read(step, config, hardware, sizes)
   weights = {}  # the largest of each shape
-  for path, x in sorted(trees.flatten(shapes.state.params).items(), key=lambda item: -item[1].size):
+  for path, x in sorted(trees.flatten(step.parts.shapes.state.params).items(), key=lambda item: -item[1].size):
     weights.setdefault((x.shape, x.sharding.spec), (path, x))
   figure = plt.figure(figsize=(12, 6.5), layout='constrained')
   grid = figure.add_gridspec(2, 4)

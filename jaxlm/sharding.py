@@ -161,7 +161,7 @@ class Layout:
     return jax.lax.with_sharding_constraint(x, self.sharding(axes, x.shape, 'activation'))
 
   def gathered(self, x: Array, *axes: str | None) -> Array:
-    """A weight as layers multiply by it: whole over mesh axes that split rows, on which it is spread only to be kept."""
+    """A weight as layers multiply by it: whole over mesh axes that split rows, where it is spread only to be kept."""
     rows = set(self.axes('act_batch'))
     kept = self.spec(axes, x.shape, 'weight')
     used = PartitionSpec(*(tuple(a for a in axes_of((part,)) if a not in rows) or None for part in kept))
@@ -189,8 +189,9 @@ class Layout:
     staged = in_stage and self.mesh.shape['pipe'] > 1
     manual = {axis for axis in self.mesh.shape if axis != 'pipe' or not staged}
     # The axes that vmap adds are not known inside loops (JAX 0.10, 0.12), so who differs along which cannot be checked.
+    checked = not staged or self.mesh.size == self.mesh.shape['pipe']
     return jax.shard_map(local, mesh=self.mesh, axis_names=manual, in_specs=in_specs, out_specs=out_specs,
-                         check_vma=not staged)
+                         check_vma=checked)
 
   def axes(self, logical: str) -> tuple[str, ...]:
     """The mesh axes, of more than one device, that split a dim of this logical axis by its first rule."""
@@ -245,6 +246,11 @@ def layout_of(config: Any, devices: Sequence[Any] | None = None) -> Layout:
 def axes_of(spec: PartitionSpec | Sequence[Any]) -> tuple[str, ...]:
   """The mesh axes in a spec, or in a part of one."""
   return tuple(axis for part in spec for axis in ((part,) if isinstance(part, str) else part or ()))
+
+
+def differ(x: Array, axes: tuple[str, ...]) -> Array:
+  """Inside `by_device`: x, which is the same on all devices along these axes, as one that may differ."""
+  return jax.lax.pcast(x, axes, to='varying') if axes else x
 
 
 HOST = 'pinned_host'  # the kind of memory that offloading uses

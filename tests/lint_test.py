@@ -34,8 +34,6 @@ def test_an_experiment_goes_by_its_layout(name):
 @pytest.mark.parametrize('name', EXPERIMENTS)
 @pytest.mark.parametrize('mesh', [dict(fsdp=8), dict(fsdp=2, pipe=2, tensor=2)], ids=['fsdp', 'stages'])
 def test_it_does_on_other_meshes(name, mesh):
-  if 'pipe' in mesh and get_config(name, 'smoke').model.mixer != 'attention':
-    pytest.skip('states are not handed from stage to stage')
   assert faults(compiled(name, mesh)) == []
 
 

@@ -239,7 +239,7 @@ def test_a_ring_passes_a_block_on_while_it_is_used():
   assert after['forward'] == 0
   block = 16 * 256 // 8 * 128 * 4  # keys, or values, of one device
   moved = sum(times * x.bytes for _, x, times in passed)
-  # Keys and values, once round in each direction; the second time their gradients go with them, and a step further, home.
+  # Keys and values, once round in each direction; then their gradients go with them, and a step further, home.
   assert moved == 4 * block * (2 * 8 + 4 * 8 + 2)
 
 
@@ -257,10 +257,11 @@ def test_products_are_those_of_the_model(kernel, remat, most):
 def test_more_devices_and_as_many_more_rows_are_the_same_for_each(tmp_path):
   found = {}
   for devices in (8, 64, 1024):
-    done = subprocess.run([sys.executable, '-m', 'jaxlm.plan', f'--config={ROOT}/experiments/gpt2.py', '--hardware=h100',
-                           '--config.mesh.fsdp=8', '--config.mesh.data=-1', f'--devices={devices}', '--config.accumulation=1',
-                           f'--config.batch_size={4 * devices}', f'--output={tmp_path}/plan.json'],
-                          env=dict(os.environ, PYTHONPATH=str(ROOT), XLA_FLAGS=''), capture_output=True, text=True, timeout=900)
+    done = subprocess.run([
+        sys.executable, '-m', 'jaxlm.plan', f'--config={ROOT}/experiments/gpt2.py', '--hardware=h100',
+        '--config.mesh.fsdp=8', '--config.mesh.data=-1', f'--devices={devices}', '--config.accumulation=1',
+        f'--config.batch_size={4 * devices}', f'--output={tmp_path}/plan.json'],
+        env=dict(os.environ, PYTHONPATH=str(ROOT), XLA_FLAGS=''), capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr
     bill_ = json.loads((tmp_path / 'plan.json').read_text())
     found[devices] = bill_['flops']['program_per_step'] / devices, bill_['bytes_per_device']

@@ -167,8 +167,8 @@ class Attention(nn.Module):
                         softcap=attention.softcap, bias=bias, sink_N=sink_N, dropout=drop, block=attention.block)
     out_BTNH = out_of(out_BTNH)
     out_BTNH = checkpoint_name(out_BTNH, 'attention_out')
-    out_BTD = Dense(config, self.layout, (config.width,), ('heads', 'head_dim', 'embed'), num_inputs=2, bias=attention.out_bias,
-                    residual=True, name='out')(out_BTNH)
+    out_BTD = Dense(config, self.layout, (config.width,), ('heads', 'head_dim', 'embed'), num_inputs=2,
+                    bias=attention.out_bias, residual=True, name='out')(out_BTNH)
     return out_BTD, cache
 
   def _param(self, name: str, init, axes: tuple[str | None, ...], shape: tuple[int, ...]) -> Array:
@@ -177,8 +177,8 @@ class Attention(nn.Module):
   def _heads(self, x_BTD: Array, context: Context, window: Any, cache: LayerCache | None):
     """(queries, keys, values, tokens of the keys, the new cache)."""
     config, attention = self.config, self.config.attention
-    project = lambda x, heads, axis, name: Dense(config, self.layout, (heads, attention.head_dim), ('embed', axis, 'head_dim'),
-                                                 bias=attention.bias, name=name)(x)
+    project = lambda x, heads, axis, name: Dense(config, self.layout, (heads, attention.head_dim),
+                                                 ('embed', axis, 'head_dim'), bias=attention.bias, name=name)(x)
     pin = lambda x, axis: self.layout.constrain(x, 'act_batch', 'act_length', axis, None)
     norm = lambda x, axis, name: x
     if attention.qk_norm != 'none':
@@ -237,8 +237,8 @@ class Attention(nn.Module):
     y_BTX = x_BTD
     if latent.q_rank:
       y_BTX = norm(dense('query_down', (latent.q_rank,), ('embed', None), attention.bias)(x_BTD), 'query_norm')
-    q_BTNH = self.layout.constrain(dense('query', (N, H + R), (None if latent.q_rank else 'embed', 'heads', 'head_dim'))(y_BTX),
-                                   'act_batch', 'act_length', 'act_heads', None)
+    query = dense('query', (N, H + R), (None if latent.q_rank else 'embed', 'heads', 'head_dim'))
+    q_BTNH = self.layout.constrain(query(y_BTX), 'act_batch', 'act_length', 'act_heads', None)
     down_BSX = dense('key_value_down', (C + R,), ('embed', None), attention.bias)(x_BTD[:, :context.num_keys])
     c_BSC = norm(down_BSX[..., :C], 'key_value_norm')
     rotations, interleaved = context.rotations_of(window), config.positions.rope.interleaved

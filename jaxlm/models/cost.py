@@ -57,7 +57,7 @@ def flops_per_row(config: ModelConfig, lengths: Mapping[str, int], training: boo
 
 
 def scores_per_row(config: ModelConfig, lengths: Mapping[str, int]) -> float:
-  """The part of a forward `flops_per_row` that is queries with keys, and probabilities with values, as the mask requires."""
+  """The part of a forward `flops_per_row` that is queries with keys and probabilities with values, by the mask."""
   return 2 * float(_forward(config, lengths)[1])
 
 
@@ -89,7 +89,13 @@ def _head(config: ModelConfig) -> float:
 
 
 def _stack(config: ModelConfig, columns: int, queries: int, source: int) -> np.ndarray:
-  """Multiply-adds of a stack for a row, [with weights, of scores]: columns that are keys and queries, queries alone, columns of a source."""
+  """Multiply-adds of a stack for a row, [with weights, of scores].
+
+  Args:
+    columns: that are keys and queries.
+    queries: alone.
+    source: columns of a source.
+  """
   attention, latent, D = config.attention, config.attention.latent, config.width
   N, K, H, rows = attention.num_heads, attention.num_kv_heads, attention.head_dim, columns + queries
   total, scores = columns * config.embedding.width * D if config.embedding.width != D else 0, 0.0

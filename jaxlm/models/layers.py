@@ -153,26 +153,27 @@ class Norm(nn.Module):
     return y.astype(self.config.dtype)
 
 
-def rows_of(layout: Layout, axes: tuple[str | None, str | None], table_VD: Array, ids_BT: Array, dtype: Any) -> Array:
+def look_up(layout: Layout, axes: tuple[str | None, str | None], table_VD: Array, ids_BT: Array, dtype: Any) -> Array:
   """[B, T, D], the rows of a table that ids name.
 
-  Each device looks up, in the columns it keeps, what all need that share those rows of a batch; then they exchange columns
-  for rows. So what travels is what was asked for, not the table.
+  Where columns are spread over devices that have rows of a batch of their own, each looks up, in the columns it keeps,
+  what all of them need; then they exchange columns for rows. XLA would hold all rows on the devices of other axes.
 
   Args:
     axes: logical axes of the table.
     dtype: of the result; gradients are summed in the table's own.
   """
-  if layout.mesh.size == 1:
-    return jnp.take(table_VD, ids_BT, axis=0).astype(dtype)
-  table, ids = layout.spec(axes, table_VD.shape, 'embedding'), layout.spec(('act_batch', 'act_length'), ids_BT.shape)
+  rows = layout.axes('act_batch')
+  table = layout.spec(axes, table_VD.shape, 'embedding') if rows else (None, None)
   by_row, by_column = (axes_of(table[dim:dim + 1]) for dim in (0, 1))
-  exchanged = tuple(axis for axis in by_column if axis in axes_of(ids[:1]))
+  exchanged = tuple(axis for axis in by_column if axis in rows)
+  if not exchanged or set(by_row) & set(rows):
+    return jnp.take(table_VD, ids_BT, axis=0).astype(dtype)
   gathered = tuple(axis for axis in by_column if axis not in exchanged)
+  ids = layout.spec(('act_batch', 'act_length'), ids_BT.shape)
 
   def local(table_VD, ids_BT):
-    if exchanged:
-      ids_BT = jax.lax.all_gather(ids_BT, exchanged, axis=0, tiled=True)
+    ids_BT = jax.lax.all_gather(ids_BT, exchanged, axis=0, tiled=True)
     if by_row:
       ids_BT = ids_BT - jax.lax.axis_index(by_row) * table_VD.shape[0]
     mine_BT = (ids_BT >= 0) & (ids_BT < table_VD.shape[0])
@@ -181,7 +182,7 @@ def rows_of(layout: Layout, axes: tuple[str | None, str | None], table_VD: Array
       x_BTD = jax.lax.psum(jnp.where(mine_BT[..., None], x_BTD, 0), by_row)
     if gathered:
       x_BTD = jax.lax.all_gather(x_BTD, gathered, axis=2, tiled=True)
-    return jax.lax.all_to_all(x_BTD, exchanged, 0, 2, tiled=True) if exchanged else x_BTD
+    return jax.lax.all_to_all(x_BTD, exchanged, 0, 2, tiled=True)
 
   return layout.by_device(local, (table, ids), PartitionSpec(*ids, None), in_stage=False)(table_VD, ids_BT)
 
@@ -202,7 +203,7 @@ class Embedding(nn.Module):
         jnp.dtype(self.config.param_dtype))
 
   def __call__(self, ids_BT: Array) -> Array:
-    return rows_of(self.layout, self.axes, self.embedding, ids_BT, self.config.dtype)
+    return look_up(self.layout, self.axes, self.embedding, ids_BT, self.config.dtype)
 
 
 class Mlp(nn.Module):

@@ -13,7 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxlm.lookup import lookup
 from jaxlm.models.config import ModelConfig, MoeConfig
 from jaxlm.models.layers import ACTIVATIONS, Dense, Mlp
-from jaxlm.sharding import Layout
+from jaxlm.sharding import Layout, differ
 from jaxlm.types import Array, JaxlmError
 
 # Beside the legend of types.py: K is top_k, the choices of a token; X numbers tokens of a device, Y their choices.
@@ -135,8 +135,9 @@ def _sorted(keys_Y: Array) -> tuple[Array, Array]:
 
 
 def _ragged(contract_rows: bool) -> Callable[..., Array]:
-  """Products of stretches of rows, as many as sizes_E says: x_YI with each's matrix of [E, I, O] is [Y, O]; or, where rows
-  are contracted, with y_YO is [E, I, O], in float32. Any number of dims may stand in front of all.
+  """Products of stretches of rows, as many as sizes_E says. Any number of dims may stand in front of all.
+
+  x_YI with each one's matrix of [E, I, O] is [Y, O]; where rows are contracted, x_YI with y_YO is [E, I, O], float32.
   """
   # JAX 0.10 vmaps ragged_dot once at most; a pipeline's stages and rows are two.
   @jax.custom_batching.custom_vmap
@@ -270,7 +271,8 @@ class Moe(nn.Module):
       alike = dataclasses.replace(config, mlp=dataclasses.replace(config.mlp, width=moe.shared_width))
       shared_BTD = Mlp(alike, self.layout, name='shared')(x_BTD)
       if moe.shared_gate:
-        shared_BTD *= jax.nn.sigmoid(Dense(config, self.layout, (1,), ('embed', None), bias=False, name='shared_gate')(x_BTD))
+        gate = Dense(config, self.layout, (1,), ('embed', None), bias=False, name='shared_gate')
+        shared_BTD *= jax.nn.sigmoid(gate(x_BTD))
       y_BTD += shared_BTD
     return y_BTD, losses(logits_BTE, probs_BTE, experts_BTK, segments_BT)
 
@@ -317,8 +319,8 @@ class Moe(nn.Module):
     def local(weights, x_BTD, experts_BTK, share_BTK):
       # Declared to differ while still float32, for so their gradients are summed over devices: bfloat16 rounds, and XLA
       # on a CPU aborts on it where an axis is not manual.
-      weights = jax.tree.map(lambda w: _differ(w, of_tokens), weights)
-      x_BTD = _differ(x_BTD, shared)
+      weights = jax.tree.map(lambda w: differ(w, of_tokens), weights)
+      x_BTD = differ(x_BTD, shared)
       for axis, dim in reversed(gathered):
         x_BTD, experts_BTK, share_BTK = (jax.lax.all_gather(y, axis, axis=dim, tiled=True)
                                          for y in (x_BTD, experts_BTK, share_BTK))
@@ -362,11 +364,6 @@ class Moe(nn.Module):
     answers_EBCD = pin(pin(multiply(h_EBCF, 'down'), True), False)
     # float32, as the dropless sum: answers of one token may nearly cancel.
     return jnp.einsum('BTEC,EBCD->BTD', share_BTEC, answers_EBCD.astype(jnp.float32))
-
-
-def _differ(x: Array, axes: tuple[str, ...]) -> Array:
-  """x, which is the same on all devices along these axes, as one that may differ."""
-  return jax.lax.pcast(x, axes, to='varying') if axes else x
 
 
 def _flat(part: str | tuple[str, ...] | None) -> tuple[str, ...]:

@@ -186,8 +186,8 @@ class Recurrent(nn.Module):
       turned_BTD, _ = self._read(x_BTD[:, ::-1], segments_BT[:, ::-1], init_cache(config, x_BTD.shape[0], 0),
                                  'backward_')
       both_BTX = jnp.concatenate([y_BTD, turned_BTD[:, ::-1]], axis=-1)
-      y_BTD = Dense(config, self.layout, (config.width,), (None, 'embed'), bias=config.attention.out_bias, residual=True,
-                    name='out')(both_BTX)
+      y_BTD = Dense(config, self.layout, (config.width,), (None, 'embed'), bias=config.attention.out_bias,
+                    residual=True, name='out')(both_BTX)
       y_BTD = jnp.where(segments_BT[..., None] > 0, y_BTD, 0)
     return checkpoint_name(y_BTD, 'attention_out'), None if cache is None else state
 
@@ -213,7 +213,8 @@ class Recurrent(nn.Module):
     """One direction: (outputs, the state after the last token)."""
     config, width = self.config, self.config.width
     cell, bias = lookup(CELLS, config.mixer, 'mixer'), config.attention.bias
-    gates = lambda name, bias: Dense(config, self.layout, (cell.gates, width), ('embed', None, None), bias=bias, name=start + name)
+    gates = lambda name, bias: Dense(config, self.layout, (cell.gates, width), ('embed', None, None), bias=bias,
+                                     name=start + name)
     single = lambda name: Dense(config, self.layout, (width,), ('embed', None), bias=False, name=start + name)
     into, recurrent = {'input': gates('input', bias)}, {'recurrent': gates('recurrent', bias and not cell.factor)}
     if cell.factor:

@@ -52,9 +52,9 @@ def attend(layout: Layout, name: str, q_BTNH: Array, k_BSKH: Array, v_BSKH: Arra
 
   def local(x: dict[str, Any]) -> Array:
     # What is the same on several devices gets a gradient from each; they are summed here, on the way back.
-    differ = lambda y, spec: _differ(y, tuple(a for a in everywhere if a not in sharding.axes_of(spec)))
-    q, k, v = (differ(x[key], specs[key]) for key in 'qkv')
-    params = [differ(y, spec) for y, spec in zip(x['params'], specs['params'])]
+    own = lambda y, spec: sharding.differ(y, tuple(a for a in everywhere if a not in sharding.axes_of(spec)))
+    q, k, v = (own(x[key], specs[key]) for key in 'qkv')
+    params = [own(y, spec) for y, spec in zip(x['params'], specs['params'])]
     if heads and not split:
       k, v = (_own_heads(y, q.shape[2], q_BTNH.shape[2], heads) for y in (k, v))
     integers, call = x['integers'], kernel
@@ -68,10 +68,6 @@ def attend(layout: Layout, name: str, q_BTNH: Array, k_BSKH: Array, v_BSKH: Arra
     return call(q, k, v, seen, bias=added, sink_N=x['sink'], **given)
 
   return layout.by_device(local, (specs,), specs['q'])(arrays)
-
-
-def _differ(x: Array, axes: tuple[str, ...]) -> Array:
-  return jax.lax.pcast(x, axes, to='varying') if axes else x
 
 
 def _own_heads(x_BSKH: Array, mine: int, N: int, axes: tuple[str, ...]) -> Array:

@@ -84,8 +84,8 @@ class Tower(nn.Module):
     if embedding.width != config.width:
       self.embed_project = Dense(config, self.layout, (config.width,), (None, 'embed'), bias=embedding.project_bias)
     if positions.kind == 'buckets':
-      self.relative_bias = Embedding(config, self.layout, positions.num_buckets, config.attention.num_heads, (None, 'heads'),
-                                     std=config.width ** -0.5)
+      self.relative_bias = Embedding(config, self.layout, positions.num_buckets, config.attention.num_heads,
+                                     (None, 'heads'), std=config.width ** -0.5)
     self.stack = Stack(config, self.layout)
     if config.residual.final_norm:
       self.final_norm = Norm(config)
