@@ -203,7 +203,7 @@ def decode(rounds: int) -> Iterator[Line]:
   import numpy as np
   from jaxlm import decode as decoding, sharding
   from jaxlm.families import gpt2
-  from jaxlm.train import build_model
+  from jaxlm.state import build_model
   config = config_module.default()
   config.model.update(gpt2.SIZES['124m'])
   model = build_model(config, 50257, 'causal', sharding.single(config.sharding.rules))

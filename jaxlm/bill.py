@@ -8,7 +8,6 @@ from typing import Any, Mapping, Sequence
 import jax
 import numpy as np
 
-from jaxlm import config as config_module
 from jaxlm import hardware, lint, liveness, objectives, sharding, train, trees
 from jaxlm.data import words
 from jaxlm.data.tokenizers import Vocab
@@ -16,6 +15,7 @@ from jaxlm.hlo import Dot, Message, Program
 from jaxlm.models import cost, stages
 from jaxlm.models.attention import SCOPE
 from jaxlm.models.stack import init_cache
+from jaxlm.state import Shapes
 from jaxlm.types import JaxlmError
 
 LIMIT = 2048  # devices that one process can simulate; the CPU backend fails beyond
@@ -238,7 +238,7 @@ def _held(tree: Any) -> int:
   return sum(math.prod(x.sharding.shard_shape(x.shape)) * np.dtype(x.dtype).itemsize for x in jax.tree.leaves(tree))
 
 
-def _memory(shapes: train.Shapes, step: Step, dtype: str) -> dict[str, Any]:
+def _memory(shapes: Shapes, step: Step, dtype: str) -> dict[str, Any]:
   state = shapes.state
   gradients = sum(math.prod(s.shard_shape(x.shape)) * np.dtype(x.dtype).itemsize
                   for x, s in zip(jax.tree.leaves(state.params), jax.tree.leaves(shapes.gradients)))

@@ -12,7 +12,8 @@ from typing import Any, Iterator, Mapping
 from ml_collections import ConfigDict
 
 from jaxlm.lookup import closest, nearest
-from jaxlm.schema import SCHEMA, Key
+from jaxlm.ranges import Key
+from jaxlm.schema import SCHEMA
 from jaxlm.types import JaxlmError
 
 

@@ -120,6 +120,7 @@ class Program:
     # Which result takes which argument's memory, {number of the result: of the argument}.
     self.donated: dict[int, int] = {}
     here: dict[str, Instruction] = {}
+    current = ''
     for line in text.splitlines():
       if found := _INSTRUCTION.match(line):
         root, name, shape, opcode, rest = found.groups()

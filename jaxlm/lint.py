@@ -46,7 +46,7 @@ def _gathers(messages: list[Message], parts: Parts) -> Iterator[str]:
   for path, x in trees.flatten(shapes.state.params).items():
     kept = math.prod(x.sharding.shard_shape(x.shape)) * np.dtype(x.dtype).itemsize
     size = kept * math.prod(shapes.layout.mesh.shape[a] for a in sharding.axes_of(x.sharding.spec) if a in storage)
-    if layers := shapes.layers(path):
+    if shapes.layers(path):
       held = x.sharding.shard_shape(x.shape)[0]
       size //= held if stages_ == 1 else rounds  # a pipeline gathers what a stage has of a round once a step
     if size > largest:

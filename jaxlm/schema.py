@@ -1,118 +1,14 @@
 """Every key of a config with its default, unit, reason and range: a line a key."""
-import dataclasses
-import math
-from typing import Any, Callable
+from typing import Any
 
-from ml_collections import ConfigDict, FieldReference
-
-
-@dataclasses.dataclass(frozen=True)
-class Check:
-  """A range a value must lie in, and how to say so."""
-  wanted: str
-  holds: Callable[[Any], bool]
-
-
-@dataclasses.dataclass(frozen=True)
-class Derived:
-  """A value that follows other keys, the sources, until it is set itself; setting it leaves them alone."""
-  sources: tuple[str, ...]
-  then: Callable[..., Any]
-
-  def __call__(self, config: ConfigDict) -> FieldReference:
-    return FieldReference(self.then(*(_reference(config, path) for path in self.sources)))
-
-
-@dataclasses.dataclass(frozen=True)
-class Key:
-  """One key: its default, or how it follows from others, and its range."""
-  value: Any
-  check: Check | None = None
-  derive: Derived | None = None
-
-
-def at_least(low) -> Check:
-  return Check(f'at least {low}', lambda x: x >= low)
-
-
-def above(low) -> Check:
-  return Check(f'above {low}', lambda x: x > low and x != math.inf)
-
-
-def between(low, high) -> Check:
-  return Check(f'from {low} to {high}', lambda x: low <= x <= high)
-
-
-def fraction() -> Check:
-  """At least 0 and less than 1: a rate of dropping, holding out, forgetting."""
-  return Check('at least 0 and less than 1', lambda x: 0 <= x < 1)
-
-
-def choice(*names: str) -> Check:
-  return Check('one of ' + ', '.join(repr(n) for n in names), lambda x: x in names)
-
-
-def name() -> Check:
-  """The name of something looked up where it is used, in a table or as "module:attribute"."""
-  return Check('a name', lambda x: bool(x.strip()))
-
-
-def text() -> Check:
-  """Any text that can stand on one line; '' means none."""
-  return Check('one line of text', lambda x: '\n' not in x and '\0' not in x)
-
-
-def texts() -> Check:
-  return Check('a tuple of texts', lambda x: all(isinstance(i, str) for i in x))
-
-
-def integers(low: int) -> Check:
-  return Check(f'a tuple of integers, each at least {low}',
-               lambda x: all(type(i) is int and i >= low for i in x))
-
-
-def pairs(check: Callable[[Any, Any], bool], wanted: str) -> Check:
-  return Check(f'a tuple of {wanted} pairs',
-               lambda x: all(isinstance(p, tuple) and len(p) == 2 and check(*p) for p in x))
-
-
-def flag() -> Check:
-  return Check('True or False', lambda x: isinstance(x, bool))
-
-
-def _number(x) -> bool:
-  return type(x) is int or (isinstance(x, float) and math.isfinite(x))
-
-
-def _schedule_of(first, value) -> bool:
-  return type(first) is int and first >= 0 and value(first)
-
-
-def _reference(config: ConfigDict, path: str) -> FieldReference:
-  *folders, last = path.split('.')
-  for folder in folders:
-    config = config[folder]
-  return config.get_ref(last)
-
-
-def ref(*sources: str, then: Callable[..., Any] = lambda x: x) -> Derived:
-  """What follows the keys at these paths, in order."""
-  return Derived(sources, then)
-
-
-def _share() -> Check:
-  return Check('above 0 and below 1', lambda x: 0 < x < 1)
-
-
-def _rules() -> Check:
-  return pairs(lambda a, m: isinstance(a, str) and (m is None or isinstance(m, (str, tuple))),
-               '(logical axis, mesh axis)')
+from jaxlm.ranges import (Check, Key, above, at_least, between, choice, flag, fraction, integers, is_number,
+                          is_scheduled, name, pairs, ref, rules, share, text, texts)
 
 
 def _masking(mask=0.8, random=0.1, whole_words=False, max_ngram=1) -> dict[str, Key]:
   """What objectives that hide tokens let one set."""
   return dict(
-      rate=Key(0.15, _share()),                      # of a row's tokens that are predicted, special ones apart
+      rate=Key(0.15, share()),                       # of a row's tokens that are predicted, special ones apart
       mask=Key(mask, between(0.0, 1.0)),             # of those, that become the mask token
       random=Key(random, between(0.0, 1.0)),         # and that become any token; the rest stay as they are
       whole_words=Key(whole_words, flag()),          # a word is hidden with all its pieces
@@ -307,7 +203,7 @@ SCHEMA: dict[str, Any] = dict(
         sentence_order=_masking(max_ngram=3, whole_words=True),  # and which of two comes first (ALBERT)
         translation=_masking(),                      # in a text and its translation (XLM): data.pair_field
         span=dict(                                   # predict spans that were cut out (T5)
-            rate=Key(0.15, _share()),                # of a row's tokens
+            rate=Key(0.15, share()),                 # of a row's tokens
             mean=Key(3.0, at_least(1.0)),            # tokens a span
             tail=Key(False, flag()),                 # text may follow the last span; False: rows end with one, as T5's
             num_sentinels=Key(100, at_least(1)),     # tokens that stand for spans; a row needs rate·R / mean
@@ -317,19 +213,19 @@ SCHEMA: dict[str, Any] = dict(
                            ('x', 0.5, 8.0, 1.0), ('x', 0.15, 64.0, 1.0), ('x', 0.5, 64.0, 1.0)), Check(
                 'a tuple of (mode, rate, mean, weight): r s or x, above 0 and below 1, 0 or at least 1, above 0',
                 lambda x: bool(x) and all(
-                    isinstance(d, tuple) and len(d) == 4 and d[0] in ('r', 's', 'x') and all(map(_number, d[1:]))
+                    isinstance(d, tuple) and len(d) == 4 and d[0] in ('r', 's', 'x') and all(map(is_number, d[1:]))
                     and 0 < d[1] < 1 and (d[2] == 0 or d[2] >= 1) and d[3] > 0 for d in x))),  # Tay et al. 2022, table
             # 1; mean 0: the end of the row, in one piece. Rows are as long as the noise that shortens them least allows
             num_sentinels=Key(100, at_least(1)),     # the most that one of them needs
         ),
         permutation=dict(                            # predict some tokens in a random order (XLNet)
-            rate=Key(1 / 6, _share()),               # of a row's tokens; the others are context
+            rate=Key(1 / 6, share()),                # of a row's tokens; the others are context
             max_ngram=Key(5, at_least(1)),           # words in a span that is predicted, at most
             whole_words=Key(True, flag()),
             memory=Key(0, at_least(0)),              # tokens before the row's, read without gradient
         ),
         infilling=dict(                              # fill blanks (GLM)
-            rate=Key(0.15, _share()),                # of a row's tokens, in short blanks
+            rate=Key(0.15, share()),                 # of a row's tokens, in short blanks
             mean=Key(3.0, above(0.0)),               # tokens a blank: Poisson's, without 0
             long=Key(0.5, between(0.0, 1.0)),        # of rows: one long blank a document, at its end (GLM-130B: 0.7)
             long_min=Key(0.5, Check('above 0 and at most 1', lambda x: 0 < x <= 1)),  # of a document, at least, in it
@@ -362,7 +258,7 @@ SCHEMA: dict[str, Any] = dict(
         mixture=Key((), Check('a tuple of (name, source, paths, weight), weights whole and at least 1', lambda x: all(
             isinstance(m, tuple) and len(m) == 4 and all(isinstance(s, str) for s in m[:3])
             and type(m[3]) is int and m[3] >= 1 for m in x))),  # several sources instead of the one above
-        phases=Key((), pairs(lambda n, w: _schedule_of(n, lambda _: isinstance(w, tuple) and integers(0).holds(w)
+        phases=Key((), pairs(lambda n, w: is_scheduled(n, lambda _: isinstance(w, tuple) and integers(0).holds(w)
                                                        and sum(w) > 0), '(first example, weights)')),
         # other mixture weights from that example number on; an example's number is its step × batch_size
         temperature=Key(0.0, Check('0, or at least 0.1', lambda x: x == 0 or x >= 0.1)),  # weights times
@@ -398,9 +294,9 @@ SCHEMA: dict[str, Any] = dict(
         decay_fraction=Key(0.2, between(0.0, 1.0)),  # wsd: of total_steps, spent falling
         weight_decay=Key(0.1, at_least(0.0)),        # times the rate, times the parameter
         decay_rules=Key((('.*/(bias|scale)', 0.0), ('.*', 1.0)),
-                        pairs(lambda p, m: isinstance(p, str) and _number(m), '(pattern, multiple of weight_decay)')),
+                        pairs(lambda p, m: isinstance(p, str) and is_number(m), '(pattern, multiple of weight_decay)')),
         lr_rules=Key((('.*', 1.0),),
-                     pairs(lambda p, m: isinstance(p, str) and _number(m), '(pattern, multiple of lr)')),
+                     pairs(lambda p, m: isinstance(p, str) and is_number(m), '(pattern, multiple of lr)')),
         freeze=Key((), texts()),                     # patterns of parameters that stay as they are
         clip_norm=Key(1.0, at_least(0.0)),           # of the whole gradient; 0: none
         ema_decay=Key(0.0, fraction()),              # moving average of parameters, used to evaluate; 0: none
@@ -429,8 +325,8 @@ SCHEMA: dict[str, Any] = dict(
             ('vocab', 'tensor'), ('vocab', 'pipe'), ('embed', 'fsdp'), ('mlp', 'tensor'), ('heads', 'tensor'),
             ('kv_heads', 'tensor'), ('head_dim', None), ('expert', 'expert'), ('layers', 'pipe'), ('mlp', 'fsdp'),
             ('head_dim', 'fsdp')),  # a second rule adds axes the array does not use: biases
-            _rules()),
-        optimizer_rules=Key((), _rules()),           # more of them, for what the optimizer keeps and for gradients:
+            rules()),
+        optimizer_rules=Key((), rules()),            # more of them, for what the optimizer keeps and for gradients:
         # (('embed', 'data'),) is ZeRO-1
         offload_optimizer=Key(False, flag()),        # what the optimizer keeps lies in the host's memory between updates
     ),

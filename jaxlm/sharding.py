@@ -286,6 +286,15 @@ def check_host_memory(devices: Sequence[Any], what: str) -> None:
                      'leave it off here.')
 
 
+def check_compute(dtype: str, layout: Layout) -> None:
+  """Raises JaxlmError where a backend cannot compile a layout's step: XLA ends the process on a CPU that sums bfloat16
+  of stages beside other axes."""
+  pipe = layout.mesh.shape['pipe']
+  if dtype == 'bfloat16' and layout.platform == 'cpu' and 1 < pipe < layout.mesh.size:
+    raise JaxlmError(f'config.precision.compute={dtype!r} with mesh.pipe={pipe} beside other axes cannot be compiled for '
+                     "a CPU; set it to 'float32' here.")
+
+
 def single(rules: Sequence[tuple[str, Any]]) -> Layout:
   """One device: a mesh of ones."""
   return Layout(make_mesh({}, jax.local_devices()[:1]), tuple(rules))

@@ -1,4 +1,4 @@
-"""Training: a state, a step, and the loop around it."""
+"""Training: a step, and the loop around it."""
 import dataclasses
 import functools
 import os
@@ -6,7 +6,6 @@ import signal
 import threading
 from typing import Any, Callable, Sequence
 
-import flax.linen as nn
 import jax
 from jax.experimental import multihost_utils
 import jax.numpy as jnp
@@ -14,201 +13,16 @@ import numpy as np
 import optax
 
 from jaxlm import check, losses, objectives, optim, rundir, sharding, trees
-from jaxlm import config as config_module
 from jaxlm.checkpoint import Checkpoints, lock
 from jaxlm.cluster import Watch
 from jaxlm.data import pipeline, plans, store
 from jaxlm.evaluators import Evaluators
 from jaxlm.journal import Journal, Position, Told, due
 from jaxlm.models import cost, ring, stages
-from jaxlm.models.config import freeze
 from jaxlm.models.transformer import Transformer
 from jaxlm.sharding import Layout
+from jaxlm.state import Shapes, build_model, init_state
 from jaxlm.types import Array, JaxlmError, Preempted, RunFailed, TrainState, Tree
-
-# ---- the state ---------------------------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class Shapes:
-  """A state and its frozen parameters as ShapeDtypeStructs with shardings; how both are made, and the optimizer.
-
-  Attributes:
-    state, frozen: as they lie in memory.
-    gradients: shardings of the gradients of what is trained.
-    saved: the state with frozen parameters among the others and layers in their order, as checkpoints hold it.
-    layers: path of anything in a state -> how many layers are stacked there, 0 for none.
-  """
-  state: TrainState
-  frozen: Tree
-  gradients: Tree
-  saved: TrainState
-  tx: optax.GradientTransformation
-  make: Callable[[Array], tuple[TrainState, Tree]]
-  layers: Callable[[str], int]
-  layout: Layout
-
-  def fresh(self, seed: int) -> tuple[TrainState, Tree]:
-    """The state before the first update, made where it is kept; the same on any mesh."""
-    shardings = jax.tree.map(lambda x: x.sharding, (self.state, self.frozen))
-    return jax.jit(self.make, out_shardings=shardings)(jax.random.key_data(jax.random.key(seed)))
-
-  def to_save(self, state: TrainState, frozen: Tree) -> TrainState:
-    """The state as checkpoints hold it."""
-    state = whole(state, frozen)
-    return self._moved(state, stages.into_layers, self.saved) if self._staged else state
-
-  def loaded(self, state: TrainState) -> tuple[TrainState, Tree]:
-    """(the state, frozen parameters) of what a checkpoint held."""
-    if self._staged:
-      state = self._moved(state, stages.into_stages, whole(self.state, self.frozen))
-    state, frozen = split(state, self.frozen)
-    kept = jax.tree.map(lambda x: x.sharding, self.state.opt_state)
-    return state.replace(opt_state=jax.device_put(state.opt_state, kept)), frozen
-
-  @property
-  def _staged(self) -> bool:
-    return self.layout.mesh.shape[stages.AXIS] > 1
-
-  def _moved(self, state: TrainState, move: Callable[..., Array], to: TrainState) -> TrainState:
-    one = lambda path, x: move(x, n, self.layout) if (n := self.layers(path)) else x
-    return jax.jit(lambda state: trees.map_paths(one, state), out_shardings=jax.tree.map(lambda x: x.sharding, to))(state)
-
-
-def build_model(config: Any, vocab_size: int, visibility: str, layout: Layout) -> Transformer:
-  """The model of a config.
-
-  Args:
-    vocab_size: the tokenizer's, used where the config says 0.
-    visibility: the objective's.
-  """
-  return Transformer(freeze(config_module.resolved(config)['model'], vocab_size=vocab_size, visibility=visibility,
-                            compute_dtype=config.precision.compute, param_dtype=config.precision.params), layout)
-
-
-def init_state(model: Transformer, config: Any) -> Shapes:
-  """Lays out parameters, optimizer state and average on the model's mesh; computes nothing yet.
-
-  Parameters that match `config.optim.freeze` are kept apart: the optimizer never sees them. What the optimizer and the
-  average keep, and gradients, may be split further than parameters, by config.sharding.optimizer_rules (ZeRO-1:
-  Rajbhandari et al. 2020, arXiv:1910.02054).
-  """
-  layout, tokens = model.layout, jnp.zeros((1, config.seq_len), jnp.int32)
-  # Parameters do not depend on the batch, so a row on one device will do, whatever the mesh.
-  alone = model.clone(layout=sharding.single(layout.rules))
-  init = lambda rng: alone.init(jax.random.wrap_key_data(rng), {'tokens': tokens, 'order': tokens})['params']
-  key = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0)))
-  boxed = jax.eval_shape(init, key)
-  axes = sharding.logical_axes(boxed)
-  params = nn.meta.unbox(boxed)
-  _check_rules(config.optim, params)
-  trainable = lambda path: not any(trees.matches(pattern, path) for pattern in config.optim.freeze)
-  stacked = {path: x.shape[0] for path, x in trees.flatten(params).items() if axes[path][:1] == ('layers',)}
-  tx = optim.make(config.optim, axes, stacked)
-  layers = functools.partial(_layers, stacked)
-  staged = lambda path, x: stages.into_stages(x, n, layout) if (n := layers(path)) else x
-
-  def make(rng):
-    made = trees.map_paths(staged, nn.meta.unbox(init(rng)))
-    trained, frozen = trees.partition(made, trainable)
-    # float32: a bfloat16 mean would hardly move.
-    ema = jax.tree.map(lambda p: p.astype(jnp.float32), trained) if config.optim.ema_decay else None
-    return TrainState(jnp.zeros((), jnp.int32), trained, tx.init(trained), ema, rng), frozen
-
-  def placed(shapes, params, layout):
-    """Shapes with shardings of anything that holds arrays like parameters."""
-    shardings = sharding.state_shardings(shapes, params, sharding.param_shardings(params, axes, layout), layout)
-    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
-
-  def placed_state(state, params, layout):
-    wider = dataclasses.replace(layout, rules=(*layout.rules, *config.sharding.optimizer_rules))
-    placed_wide = placed(state, params, wider)
-    return placed_wide.replace(params=placed(state.params, params, layout)), placed(state.params, params, wider)
-
-  shapes, frozen = jax.eval_shape(make, key)
-  state, wide = placed_state(shapes, trees.combine(frozen, shapes.params), layout)
-  if config.sharding.offload_optimizer:
-    sharding.check_host_memory(layout.mesh.devices.flat, 'config.sharding.offload_optimizer')
-    state = state.replace(opt_state=jax.tree.map(_on_host, state.opt_state))
-  if config.model.remat == 'offload':
-    sharding.check_host_memory(layout.mesh.devices.flat, "config.model.remat='offload'")
-  one = lambda path, x: stages.into_layers(x, n, layout) if (n := layers(path)) else x
-  in_order = jax.eval_shape(lambda state: trees.map_paths(one, state), whole(shapes, frozen))
-  saved, _ = placed_state(in_order, params, _unstaged(layout))
-  return Shapes(state, placed(frozen, trees.combine(frozen, shapes.params), layout),
-                jax.tree.map(lambda x: x.sharding, wide), saved, tx, make, layers, layout)
-
-
-def _on_host(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-  """The same in the host's memory; counters stay."""
-  return x.update(sharding=x.sharding.with_memory_kind(sharding.HOST)) if x.ndim else x
-
-
-def _layers(stacked: dict[str, int], path: str) -> int:
-  """How many layers are stacked in what stands at a path of a state; 0: none are."""
-  parts = path.split('/')
-  for part in parts:
-    if part.startswith(optim.STACKED):
-      return int(part.removeprefix(optim.STACKED))
-  return next((stacked[end] for i in range(len(parts)) if (end := '/'.join(parts[i:])) in stacked), 0)
-
-
-def _unstaged(layout: Layout) -> Layout:
-  """A layout of layers in their order, which need not divide by stages: stages then hold parts of every layer."""
-  if layout.mesh.shape[stages.AXIS] == 1:
-    return layout
-  rules = tuple((axis, None if axis == 'layers' else to) for axis, to in layout.rules)
-  return dataclasses.replace(layout, rules=(*rules, ('embed', stages.AXIS), ('mlp', stages.AXIS)))
-
-
-def _check_lengths(model: Transformer, lengths: dict[str, int]) -> None:
-  """Raises JaxlmError where rows are longer than the learned positions there are: a lookup would give NaN."""
-  config, longest = model.config, max(lengths.get(key, 0) for key in ('tokens', 'source_tokens'))
-  if config.positions.kind == 'learned' and longest > config.max_length:
-    raise JaxlmError(f'config.model.max_length={config.max_length} is less than the {longest} columns that rows of '
-                     'this objective have; raise it, or lower config.seq_len.')
-
-
-def _arrangement(config: Any, visibility: str, lengths: dict[str, int], layout: Layout):
-  """How the columns of a batch are laid out: so that devices of a ring have as much to do where columns see those
-  before them, and come in such numbers; else as they are."""
-  parts = layout.parts('act_length')
-  if (config.model.attention.kernel == 'ring' and visibility == 'causal' and parts > 1
-      and lengths['tokens'] % (2 * parts) == 0):
-    return functools.partial(ring.balanced, parts=parts)
-  return lambda batch: batch
-
-
-def _check_rules(settings: Any, params: Tree) -> None:
-  """Raises JaxlmError where a rule of the optimizer covers too little: what it names, it must mean."""
-  for rules in ('decay_rules', 'lr_rules'):
-    trees.matched(settings[rules], params, f'rule of config.optim.{rules}')
-  paths = list(trees.flatten(params))
-  for pattern in settings.freeze:
-    if not any(trees.matches(pattern, path) for path in paths):
-      raise JaxlmError(f'config.optim.freeze: {pattern!r} matches no parameter; patterns match a whole path, such as '
-                       f'{paths[0]!r}.')
-  if all(any(trees.matches(pattern, path) for pattern in settings.freeze) for path in paths):
-    raise JaxlmError('config.optim.freeze leaves no parameter to train; take a pattern out.')
-
-
-def whole(state: TrainState, frozen: Tree) -> TrainState:
-  """The state with frozen parameters put back, as checkpoints hold it."""
-  if not frozen:
-    return state
-  return state.replace(params=trees.combine(frozen, state.params),
-                       ema=None if state.ema is None else trees.combine(frozen, state.ema))
-
-
-def split(state: TrainState, frozen: Tree) -> tuple[TrainState, Tree]:
-  """The inverse of `whole`, for the same frozen paths."""
-  if not frozen:
-    return state, frozen
-  paths = trees.flatten(frozen)
-  frozen, params = trees.partition(state.params, paths.__contains__)
-  ema = None if state.ema is None else trees.partition(state.ema, paths.__contains__)[1]
-  return state.replace(params=params, ema=ema), frozen
-
 
 # ---- the step ----------------------------------------------------------------------------------------------------
 
@@ -332,12 +146,31 @@ class Parts:
   lengths: dict[str, int]
 
 
+def _check_lengths(model: Transformer, lengths: dict[str, int]) -> None:
+  """Raises JaxlmError where rows are longer than the learned positions there are: a lookup would give NaN."""
+  config, longest = model.config, max(lengths.get(key, 0) for key in ('tokens', 'source_tokens'))
+  if config.positions.kind == 'learned' and longest > config.max_length:
+    raise JaxlmError(f'config.model.max_length={config.max_length} is less than the {longest} columns that rows of '
+                     'this objective have; raise it, or lower config.seq_len.')
+
+
+def _arrangement(config: Any, visibility: str, lengths: dict[str, int], layout: Layout):
+  """How the columns of a batch are laid out: so that devices of a ring have as much to do where columns see those
+  before them, and come in such numbers; else as they are."""
+  parts = layout.parts('act_length')
+  if (config.model.attention.kernel == 'ring' and visibility == 'causal' and parts > 1
+      and lengths['tokens'] % (2 * parts) == 0):
+    return functools.partial(ring.balanced, parts=parts)
+  return lambda batch: batch
+
+
 def assemble(config: Any, layout: Layout, vocab: Any) -> Parts:
   """The parts of a step.
 
   Raises:
-    JaxlmError: rows, lengths or layers that do not divide or fit.
+    JaxlmError: rows, lengths or layers that do not divide or fit; a dtype that the devices do not compute so.
   """
+  sharding.check_compute(config.precision.compute, layout)
   objective = objectives.make(config, vocab)
   batch = objectives.shapes(objective, config.seq_len)
   lengths = {key: shape[0] for key, (shape, _) in batch.items() if shape}

@@ -548,6 +548,10 @@ CASES = (
          ('config.mesh.pipe=2: config.model.share_layers leaves one layer, no stages; set one of them back.',)),
     Case('stages of layers that are not stacked', '--config=tiny.py --config.mesh.pipe=2 --config.model.scan=false',
          ('config.mesh.pipe=2: stages are stacked layers; set config.model.scan to True.',)),
+    Case('bfloat16 in stages on a CPU', '--config=tiny.py --workdir=runs/new --config.mesh.pipe=2 --config.mesh.data=4 '
+         '--config.precision.compute=bfloat16',
+         ("config.precision.compute='bfloat16' with mesh.pipe=2 beside other axes cannot be compiled for a CPU; set it to "
+          "'float32' here.",)),
     Case('a recurrent net split over its length', '--config=tiny.py --config.mesh.seq=2 --config.model.mixer=lstm',
          ('config.mesh.seq=2: a lstm reads a token after the other; set it to 1.',)),
     Case('dropped probabilities split over the length',

@@ -11,7 +11,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 
 # A module imports only what stands above it. Families stand among themselves as their imports ask, in no circle.
 ORDER = """
-types lastwords cluster lookup hardware hlo liveness schema config trees sharding
+types lastwords cluster lookup hardware hlo liveness ranges schema config trees sharding
 rows masking spans orders middles pairs prompts objectives
 data.words data.pieces data.tokenizers data.files data.tables data.tokenfiles data.sources data.shards data.mixtures
 data.store data.exports data.plans data.pipeline
@@ -19,7 +19,7 @@ models.config models.layers models.positions models.kernels models.ring models.a
 models.stack models.transformer models.cost
 families.keys families.bijections families.* families.table
 losses optim metrics seal checkpoint rundir sampling weights gguf transfer hf decode lm loading evaluators journal
-check train lint bill search pictures programs
+state check train lint bill search pictures programs
 plan generate main prepare bench convert
 """.split()
 BLIND = {'objectives', 'data', 'models'}  # do not see each other

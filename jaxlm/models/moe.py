@@ -1,7 +1,7 @@
 """Mixture of experts, in the MLP's place: who computes a token is chosen token by token."""
 import dataclasses
 import math
-from typing import Any, Callable
+from typing import Callable
 
 import flax.linen as nn
 import jax

@@ -12,7 +12,7 @@ from jaxlm.lookup import lookup
 from jaxlm.models import kernels
 from jaxlm.models.kernels import Bias, Score, UnsupportedAttention, Visibility
 from jaxlm.sharding import Layout
-from jaxlm.types import Array, Tree
+from jaxlm.types import Array
 
 
 def attend(layout: Layout, name: str, q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, visibility: Visibility, *,
