@@ -31,7 +31,7 @@ class Assumptions:
 
   Attributes:
     efficiency: share of its peak at which a device multiplies matrices.
-    sustained_tflops: model TFLOP/s a device, where they are known; then step times follow from them alone. 0: not known.
+    sustained_tflops: model TFLOP/s a device, where they are known; step times then follow from them alone. 0: unknown.
     price_per_hour: of a device; 0: not known.
     pue: energy of the building over that of the devices.
     kg_per_kwh: CO2e.
@@ -119,7 +119,7 @@ def read(step: Step, config: Any, hardware_name: str, sizes: Mapping[str, int],
     schedule['missing_layers'] = sum(int((stages.order(n, shapes.layout) < 0).sum()) for n in stacks.values())
   hours = tokens / tokens_per_step * step_s / 3600
   kwh = hours * devices * row.watts / 1000 * assumptions.pue
-  plain = shapes.saved.params
+  plain, moe = shapes.saved.params, model.config.moe
   return dict(
       params_total=trees.count(plain), devices=devices, bytes_per_device=memory['total'], flops_per_step=model_flops,
       step_s=step_s, hardware=hardware_name, fits=memory['total'] <= row.memory,
@@ -129,14 +129,15 @@ def read(step: Step, config: Any, hardware_name: str, sizes: Mapping[str, int],
                  program_per_step=per_device * devices, program_over_model=per_device * devices / model_flops,
                  loops_by_formula=uncounted) | apart,
       messages=links, lint=lint.faults(program, parts, step.config), pipeline=schedule,
-      time=dict(arithmetic_s=per_device / (peak * assumptions.efficiency), memory_s=_traffic(program, dtype) / row.bandwidth,
-                messages_beside_s=beside, messages_waited_s=waited, step_s=step_s, tokens_per_s=tokens_per_step / step_s,
+      time=dict(arithmetic_s=per_device / (peak * assumptions.efficiency),
+                memory_s=_traffic(program, dtype) / row.bandwidth, messages_beside_s=beside, messages_waited_s=waited,
+                step_s=step_s, tokens_per_s=tokens_per_step / step_s,
                 mfu=model_flops / step_s / (devices * peak), tflops_per_device=model_flops / step_s / devices / 1e12),
-      job=dict(tokens=tokens, flops=model_flops / tokens_per_step * tokens, days=hours / 24, device_hours=hours * devices,
-               money=hours * devices * assumptions.price_per_hour, kwh=kwh, co2e_kg=kwh * assumptions.kg_per_kwh),
+      job=dict(tokens=tokens, flops=model_flops / tokens_per_step * tokens, days=hours / 24,
+               device_hours=hours * devices, money=hours * devices * assumptions.price_per_hour,
+               kwh=kwh, co2e_kg=kwh * assumptions.kg_per_kwh),
       inference=_inference(model.config, plain, row, peak, config), assumptions=dataclasses.asdict(assumptions),
-      how=_how(sizes, small, dtype, uncounted, bool(model.config.moe.num_experts) and model.config.moe.mode == 'dropless',
-               assumptions))
+      how=_how(sizes, small, dtype, uncounted, moe.num_experts > 0 and moe.mode == 'dropless', assumptions))
 
 
 # ---- the mesh ----------------------------------------------------------------------------------------------------
@@ -147,8 +148,8 @@ def mesh_of(config: Any, devices: int = 0) -> dict[str, int]:
   if not devices:
     fixed = [n for n in config.mesh.values() if n != -1]
     if len(fixed) < len(config.mesh):
-      raise JaxlmError('--devices is missing; config.mesh leaves one axis open (-1), so it does not tell how many there '
-                       'are.')
+      raise JaxlmError('--devices is missing; config.mesh leaves one axis open (-1), so it does not tell how many '
+                       'there are.')
     devices = math.prod(fixed)
   return sharding.mesh_sizes(config.mesh, devices)
 
@@ -167,8 +168,8 @@ def shrunk(sizes: Mapping[str, int]) -> dict[str, int]:
       found[axis] = max(fit, default=1)
   if math.prod(found.values()) > LIMIT:
     told = ' × '.join(f'{axis}={n}' for axis, n in sizes.items() if n > 1)
-    raise JaxlmError(f'{told} are more devices than the {LIMIT} that can be simulated, and only data and replica can be '
-                     'compiled smaller; plan with fewer on the other axes.')
+    raise JaxlmError(f'{told} are more devices than the {LIMIT} that can be simulated, and only data and replica can '
+                     'be compiled smaller; plan with fewer on the other axes.')
   return found
 
 
@@ -198,8 +199,8 @@ def compiled(config: Any, sizes: Mapping[str, int]) -> Step:
   """The true step, compiled for simulated devices; arguments as of `assembled`."""
   local, parts = assembled(config, sizes)
   layout = parts.shapes.layout
-  batch = {key: jax.ShapeDtypeStruct((local.batch_size, *shape), dtype, sharding=layout.batch((local.batch_size, *shape)))
-           for key, (shape, dtype) in parts.batch.items()}
+  rows = lambda shape, dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=layout.batch(shape))
+  batch = {key: rows((local.batch_size, *shape), dtype) for key, (shape, dtype) in parts.batch.items()}
   start = time.monotonic()
   done = parts.step_fn.lower(parts.shapes.state, parts.shapes.frozen, batch).compile()
   seconds = time.monotonic() - start
@@ -347,20 +348,20 @@ def _how(sizes: Mapping[str, int], small: Mapping[str, int], dtype: str, uncount
       'flops.program_per_step': 'measured from the program: its products times the rounds of their loops' + (
           '; attention by formula, for its loops depend on the data' if uncounted else ''),
       'messages': "measured from the program: bytes and rounds; an all-reduce of which each device keeps its part counts as "
-                  'a reduce-scatter, those whose results are only added up as one (`emitted`, `emitted_bytes`: what the CPU '
-                  'compiler wrote); gradients in float32, the rest as computed',
-      'time': 'modelled: max(products / (peak · efficiency) + traffic / bandwidth, messages that need not be waited for) + '
-              'those that must be; links by data sheet, ring algorithms' if not assumptions.sustained_tflops else
+                  'a reduce-scatter, those whose results are only added up as one (`emitted`, `emitted_bytes`: what '
+                  'the CPU compiler wrote); gradients in float32, the rest as computed',
+      'time': 'modelled: max(products / (peak · efficiency) + traffic / bandwidth, messages that need not be waited '
+              'for) + those that must be; links by data sheet, ring algorithms' if not assumptions.sustained_tflops else
               'formula: model FLOPs / (devices · sustained_tflops)',
       'inference': 'formula: one replica; prefill by arithmetic at peak, decoding by reading weights and cache once a token',
   }
   if experts:
-    found['experts'] = ('the CPU multiplies rows of a dropless mixture with every expert: program_per_step and the times '
-                        'count those products, which other backends do not make')
+    found['experts'] = ('the CPU multiplies rows of a dropless mixture with every expert: program_per_step and the '
+                        'times count those products, which other backends do not make')
   if small != dict(sizes):
     told = ' × '.join(f'{axis}={n}' for axis, n in small.items() if n > 1)
-    found['compiled_devices'] = (f'more than {LIMIT} devices cannot be simulated: compiled for {told} at the same rows a '
-                                 'device, groups of devices rescaled')
+    found['compiled_devices'] = (f'more than {LIMIT} devices cannot be simulated: compiled for {told} at the same rows '
+                                 'a device, groups of devices rescaled')
   return found
 
 
@@ -402,19 +403,19 @@ def table(found: Mapping[str, Any]) -> str:
                     f'{link["links"]} links, {link["seconds"]:.3g} s' + ('' if link['overlapped'] else ', waited for')))
   if pipeline['stages'] > 1:
     lines.append(('f', 'pipeline', f'{pipeline["stages"]} stages, {pipeline["microbatches"]} microbatches, '
-                  f'{pipeline["repeats"]} rounds: bubble {pipeline["bubble"]:.1%}; {pipeline["missing_layers"]} identities in '
-                  'the place of layers'))
+                  f'{pipeline["repeats"]} rounds: bubble {pipeline["bubble"]:.1%}; {pipeline["missing_layers"]} '
+                  'identities in the place of layers'))
   lines += [('f', 'step', f'{time["step_s"]:.3g} s: products {time["arithmetic_s"]:.3g}, traffic {time["memory_s"]:.3g}, '
              f'messages {time["messages_beside_s"]:.3g} beside them and {time["messages_waited_s"]:.3g} waited for'),
-            ('f', 'speed', f'{amount(time["tokens_per_s"])} tokens/s, {time["tflops_per_device"]:.3g} TFLOP/s a device, '
-             f'MFU {time["mfu"]:.1%}'),
+            ('f', 'speed', f'{amount(time["tokens_per_s"])} tokens/s, {time["tflops_per_device"]:.3g} TFLOP/s a '
+             f'device, MFU {time["mfu"]:.1%}'),
             ('f', 'job', f'{amount(job["tokens"])} tokens, {amount(job["flops"])}FLOP, {job["days"]:.3g} days, '
              f'{amount(job["device_hours"])} device-hours, ' + (f'{job["money"]:,.0f} in money, ' if job['money'] else '')
              + f'{amount(job["kwh"])} kWh, {amount(job["co2e_kg"])} kg CO2e')]
   if answer := found['inference']:
     speeds = ', '.join(f'{speed:.3g} at batch {rows}' for rows, speed in answer['decode_tokens_per_s'].items())
-    lines.append(('f', 'answering', f'on {answer["devices"]}: cache {amount(answer["cache_bytes_per_token"], "B")} a token, '
-                  f'prefill {answer["prefill_s"]:.3g} s, decoding tokens/s {speeds}'))
+    lines.append(('f', 'answering', f'on {answer["devices"]}: cache {amount(answer["cache_bytes_per_token"], "B")} a '
+                  f'token, prefill {answer["prefill_s"]:.3g} s, decoding tokens/s {speeds}'))
   width = max(len(name) for _, name, _ in lines)
   told = [f'{how or " "}  {name.ljust(width)}  {text}' for how, name, text in lines]
   notes = [f'{key}: {text}' for key, text in found['how'].items()]

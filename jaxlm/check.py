@@ -183,7 +183,8 @@ def _parallel(config: ConfigDict) -> Iterator[str]:
     if not model.scan:
       yield f'config.mesh.pipe={mesh.pipe}: stages are stacked layers; set config.model.scan to True.'
     if model.share_layers:
-      yield f'config.mesh.pipe={mesh.pipe}: config.model.share_layers leaves one layer, no stages; set one of them back.'
+      yield (f'config.mesh.pipe={mesh.pipe}: config.model.share_layers leaves one layer, no stages; set one of them '
+             'back.')
     if config.objective.name == 'permutation' and config.objective.permutation.memory:
       yield (f'config.mesh.pipe={mesh.pipe}: a pipeline keeps no memory; set config.objective.permutation.memory to 0.')
 

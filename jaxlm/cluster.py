@@ -125,7 +125,7 @@ class Watch:
     self._step, self._at = step, time.monotonic()
 
   def blame(self, error: BaseException | None) -> None:
-    """Where an error is the device's or the network's, gives time to find out whose death it was, and to end with it."""
+    """Where an error is the device's or the network's, gives time to find whose death it was, and to end with it."""
     jax = sys.modules['jax']
     while error is not None and not isinstance(error, jax.errors.JaxRuntimeError):
       error = error.__cause__ or error.__context__
@@ -183,7 +183,8 @@ class Watch:
         # A file that never changes is left from an earlier start.
         self._seen[other] = said, now, alive or before is not None
         if self._seen[other][2] and said['status']:
-          return said['status'] if said['status'] == 'watchdog' else f'process {other} ({_place(said)}) {said["status"]}.'
+          how = said['status']
+          return how if how == 'watchdog' else f'process {other} ({_place(said)}) {how}.'
       elif alive and now - since > 0.7 * self.heartbeat_s:
         return (f'process {other} ({_place(said)}) has given no sign of life for {now - since:.0f} s; it was at step '
                 f'{said["step"]}.')

@@ -127,7 +127,8 @@ def lay(config: ConfigDict, optimizer: tuple[tuple[str, Any], ...] | None = None
   known = [axis for axis, _ in config.sharding.rules]
   for axis in rules:
     if axis not in known:
-      raise JaxlmError(f'Unknown logical axis {axis!r}. Known: {", ".join(dict.fromkeys(known))}.{nearest(axis, known)}')
+      raise JaxlmError(f'Unknown logical axis {axis!r}. Known: {", ".join(dict.fromkeys(known))}.'
+                       f'{nearest(axis, known)}')
   changed = [(axis, rules[axis] if axis in rules and axis not in known[:i] else to)
              for i, (axis, to) in enumerate(config.sharding.rules)]
   config.sharding.rules = tuple(changed)

@@ -74,7 +74,8 @@ def unrolled(model: Transformer, params: Tree) -> tuple[Transformer, Tree]:
   """The model that decodes, a layer after the other, and its parameters; what trains scans over layers stacked."""
   config = dataclasses.replace(model.config, scan=False, remat='none')
   # One token has no length to split.
-  rules = tuple((logical, None if logical in ('act_length', 'act_stream') else axes) for logical, axes in model.layout.rules)
+  columns = 'act_length', 'act_stream'
+  rules = tuple((logical, None if logical in columns else axes) for logical, axes in model.layout.rules)
   if model.config.scan:
     params = _unstack(params, config, model.layout)
   return Transformer(config, dataclasses.replace(model.layout, rules=rules)), params

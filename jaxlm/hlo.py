@@ -78,7 +78,7 @@ class Message:
   """A collective of one device.
 
   Attributes:
-    kind: one of COLLECTIVES; an all-reduce of which each device then takes its part is a reduce-scatter, which the CPU's
+    kind: one of COLLECTIVES; an all-reduce of which each device then takes a part is a reduce-scatter, which the CPU's
       compiler never emits itself.
     bytes: of the whole: what is gathered, reduced, exchanged or passed on. All-reduces whose results are only added up
       count once: other compilers add before they reduce.

@@ -154,7 +154,7 @@ def _summed(loss_BT, nll_BT, correct_BT, weights_BT):
 
 
 def _cross_entropy_forward(vocabulary, hidden_BTD, w_VD, b_V, targets_BT, weights_BT):
-  # Gradients of weights have a first dim of devices that have rows of their own: each sums up what its rows say, and the
+  # Gradients of weights have a first dim of devices that have rows of their own: each sums what its rows say, and the
   # sums are added once, not after every piece.
   layout, parts = vocabulary.layout, vocabulary.layout.batch_parts
   by_part = lambda x: x.reshape(parts, -1, *x.shape[1:])

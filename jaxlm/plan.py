@@ -1,4 +1,4 @@
-"""What a job will cost, before it runs: compiles the true step for devices that are simulated, and reads the bill from it.
+"""What a job will cost, before it runs: compiles the true step for simulated devices, and reads the bill from it.
 
   python -m jaxlm.plan --config=experiments/llama.py:size=3-8b --devices=64 --hardware=h100 --config.mesh.fsdp=-1
   python -m jaxlm.plan --config=experiments/published/gpt3_175b.py --hardware=v100 --price_per_hour=1.5
@@ -22,8 +22,8 @@ TOKENS = flags.DEFINE_float('tokens', 0.0, 'Tokens of the whole job; 0: what the
 PRICE = flags.DEFINE_float('price_per_hour', 0.0, 'Of a device.', lower_bound=0.0)
 EFFICIENCY = flags.DEFINE_float('efficiency', 0.7, 'Share of its peak at which a device multiplies matrices: an assumption.',
                                 lower_bound=0.01, upper_bound=1.0)
-SUSTAINED = flags.DEFINE_float('sustained_tflops', 0.0, 'Model TFLOP/s a device, where they are known; times follow from '
-                               'them then.', lower_bound=0.0)
+SUSTAINED = flags.DEFINE_float('sustained_tflops', 0.0, 'Model TFLOP/s a device, where they are known; times follow '
+                               'from them then.', lower_bound=0.0)
 PUE = flags.DEFINE_float('pue', 1.1, 'Energy of the building over that of the devices.', lower_bound=1.0)
 CARBON = flags.DEFINE_float('kg_per_kwh', 0.4, 'CO2e of a kilowatt-hour.', lower_bound=0.0)
 OUTPUT = flags.DEFINE_string('output', None, 'Also write the bill as JSON to this file.')

@@ -328,15 +328,15 @@ SCHEMA: dict[str, Any] = dict(
             rules()),
         optimizer_rules=Key((), rules()),            # more of them, for what the optimizer keeps and for gradients:
         # (('embed', 'data'),) is ZeRO-1
-        offload_optimizer=Key(False, flag()),        # what the optimizer keeps lies in the host's memory between updates
+        offload_optimizer=Key(False, flag()),        # the optimizer's state lies in the host's memory between updates
     ),
 
     pipeline=dict(                                   # of mesh.pipe stages
-        microbatches=Key(0, at_least(0)),            # parts a batch (or what accumulation leaves of it) goes through in;
-        # 0: as many as there are stages
+        microbatches=Key(0, at_least(0)),            # parts that a batch (or what accumulation leaves of it) is cut
+        # into; 0: as many as there are stages
         repeats=Key(1, at_least(1)),                 # times each goes round all stages: 1 is GPipe's schedule
-        remat=Key('layer', choice('layer', 'stage')),  # where model.remat computes again: inputs of every layer are kept,
-        # or of a stage alone, all of whose layers' values exist then while it is; with repeats always the latter
+        remat=Key('layer', choice('layer', 'stage')),  # where model.remat computes again: inputs of every layer are
+        # kept, or of a stage alone, all of whose layers' values exist then while it is; with repeats always the latter
     ),
 
     precision=dict(

@@ -51,7 +51,8 @@ def guess(config: Any, layout: dict[str, Any], row: hardware.Hardware) -> float:
   return max(work, gathered * (M + pipe - 1 if pipe > 1 else 1)) + waited
 
 
-def ranked(config: Any, hardware_name: str, devices: int, assumptions: bill.Assumptions, tries: int) -> list[dict[str, Any]]:
+def ranked(config: Any, hardware_name: str, devices: int, assumptions: bill.Assumptions,
+           tries: int) -> list[dict[str, Any]]:
   """Bills of the layouts that are likeliest to be fast; those that fit first, by time.
 
   Raises:

@@ -282,8 +282,8 @@ def check_host_memory(devices: Sequence[Any], what: str) -> None:
   """Raises JaxlmError where a backend has no memory of the host's to offload to."""
   kinds = [memory.kind for memory in devices[0].addressable_memories()]
   if HOST not in kinds:
-    raise JaxlmError(f'{what} needs memory of kind {HOST!r}, and a {devices[0].platform} device has {", ".join(kinds)}; '
-                     'leave it off here.')
+    raise JaxlmError(f'{what} needs memory of kind {HOST!r}, and a {devices[0].platform} device has '
+                     f'{", ".join(kinds)}; leave it off here.')
 
 
 def check_compute(dtype: str, layout: Layout) -> None:
@@ -291,8 +291,8 @@ def check_compute(dtype: str, layout: Layout) -> None:
   of stages beside other axes."""
   pipe = layout.mesh.shape['pipe']
   if dtype == 'bfloat16' and layout.platform == 'cpu' and 1 < pipe < layout.mesh.size:
-    raise JaxlmError(f'config.precision.compute={dtype!r} with mesh.pipe={pipe} beside other axes cannot be compiled for '
-                     "a CPU; set it to 'float32' here.")
+    raise JaxlmError(f'config.precision.compute={dtype!r} with mesh.pipe={pipe} beside other axes cannot be compiled '
+                     "for a CPU; set it to 'float32' here.")
 
 
 def single(rules: Sequence[tuple[str, Any]]) -> Layout:

@@ -60,7 +60,8 @@ class Shapes:
 
   def _moved(self, state: TrainState, move: Callable[..., Array], to: TrainState) -> TrainState:
     one = lambda path, x: move(x, n, self.layout) if (n := self.layers(path)) else x
-    return jax.jit(lambda state: trees.map_paths(one, state), out_shardings=jax.tree.map(lambda x: x.sharding, to))(state)
+    shardings = jax.tree.map(lambda x: x.sharding, to)
+    return jax.jit(lambda state: trees.map_paths(one, state), out_shardings=shardings)(state)
 
 
 def build_model(config: Any, vocab_size: int, visibility: str, layout: Layout) -> Transformer:

@@ -4,8 +4,8 @@
   python -m jaxlm.plan --config=experiments/published/bloom_176b.py:devices=1024 --hardware=h100
   python -m jaxlm.main --config=experiments/published/bloom_176b.py --config.data.paths=corpus/*.jsonl.zst
 
-Published (arXiv:2211.05100, section 3): the model, 2,048 rows of 2,048 tokens, 366 billion tokens, ZeRO-1, 156 TFLOP/s a
-device. Its 70 layers lie on 12 stages with two identities in the place of layers.
+Published (arXiv:2211.05100, section 3): the model, 2,048 rows of 2,048 tokens, 366 billion tokens, ZeRO-1, 156 TFLOP/s
+a device. Its 70 layers lie on 12 stages with two identities in the place of layers.
 """
 import os
 

@@ -4,8 +4,8 @@
   python -m jaxlm.plan --config=experiments/published/glm_130b.py:devices=1024 --hardware=h100
   python -m jaxlm.main --config=experiments/published/glm_130b.py --config.data.paths=corpus/*.jsonl.zst
 
-Published (arXiv:2210.02414, section 2.3): the model, 4,224 rows of 2,048 tokens, 400 billion tokens, ZeRO-1, 135 TFLOP/s a
-device, of 40 GB. 70 layers lie on 8 stages with two identities among them.
+Published (arXiv:2210.02414, section 2.3): the model, 4,224 rows of 2,048 tokens, 400 billion tokens, ZeRO-1, 135
+TFLOP/s a device, of 40 GB. 70 layers lie on 8 stages with two identities among them.
 """
 import os
 

@@ -4,8 +4,8 @@
   python -m jaxlm.plan --config=experiments/published/gpt3_175b.py:devices=1024 --hardware=h100
   python -m jaxlm.main --config=experiments/published/gpt3_175b.py --config.data.paths=corpus/*.jsonl.zst
 
-Published (arXiv:2005.14165, section 2.3, table D.1): the model, the batch, the tokens, V100s of a large cluster; not how
-many, nor the mesh, which is chosen here.
+Published (arXiv:2005.14165, section 2.3, table D.1): the model, the batch, the tokens, V100s of a large cluster; not
+how many, nor the mesh, which is chosen here.
 """
 import os
 

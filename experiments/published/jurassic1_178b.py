@@ -4,8 +4,8 @@
   python -m jaxlm.plan --config=experiments/published/jurassic1_178b.py:devices=1024 --hardware=h100
   python -m jaxlm.main --config=experiments/published/jurassic1_178b.py --config.data.paths=corpus/*.jsonl.zst
 
-Published (white paper, 2021): the model, the batch, the tokens, how many GPUs; not the mesh, which is chosen here, with 1,600
-rows. 76 layers lie on 10 stages with 4 identities among them.
+Published (white paper, 2021): the model, the batch, the tokens, how many GPUs; not the mesh, which is chosen here, with
+1,600 rows. 76 layers lie on 10 stages with 4 identities among them.
 """
 import os
 

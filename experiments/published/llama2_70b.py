@@ -4,8 +4,8 @@
   python -m jaxlm.plan --config=experiments/published/llama2_70b.py:devices=1024 --hardware=h100
   python -m jaxlm.main --config=experiments/published/llama2_70b.py --config.data.paths=corpus/*.jsonl.zst
 
-Published (arXiv:2307.09288, section 2): the model, the batch, the tokens, 1,720,320 hours of A100s with 80 GB, up to 2,000
-of them; not the mesh, which is chosen here, of 2,048.
+Published (arXiv:2307.09288, section 2): the model, the batch, the tokens, 1,720,320 hours of A100s with 80 GB, up to
+2,000 of them; not the mesh, which is chosen here, of 2,048.
 """
 import os
 

@@ -4,8 +4,8 @@
   python -m jaxlm.plan --config=experiments/published/mixtral_8x7b.py:devices=1024 --hardware=h100
   python -m jaxlm.main --config=experiments/published/mixtral_8x7b.py --config.data.paths=corpus/*.jsonl.zst
 
-Published (arXiv:2401.04088): the model alone. Chosen: everything about its training; rows are shorter than the 32,768 tokens
-of its context.
+Published (arXiv:2401.04088): the model alone. Chosen: everything about its training; rows are shorter than the 32,768
+tokens of its context.
 """
 import os
 

@@ -4,8 +4,8 @@
   python -m jaxlm.plan --config=experiments/published/mt_nlg_530b.py:devices=1024 --hardware=h100
   python -m jaxlm.main --config=experiments/published/mt_nlg_530b.py --config.data.paths=corpus/*.jsonl.zst
 
-Published (arXiv:2201.11990, section 2): the model, 1,920 rows of 2,048 tokens, 280 devices a replica of the model, 8, 10
-and 12 replicas at 126, 121 and 113 TFLOP/s a device. Chosen: the last batch from the beginning. 105 layers lie on 16
+Published (arXiv:2201.11990, section 2): the model, 1,920 rows of 2,048 tokens, 280 devices a replica of the model, 8,
+10 and 12 replicas at 126, 121 and 113 TFLOP/s a device. Chosen: the last batch from the beginning. 105 layers lie on 16
 stages with 7 identities among them.
 """
 import os

@@ -4,9 +4,9 @@
   python -m jaxlm.plan --config=experiments/published/palm_540b.py:devices=1024 --hardware=h100
   python -m jaxlm.main --config=experiments/published/palm_540b.py --config.data.paths=corpus/*.jsonl.zst
 
-Published (arXiv:2204.02311, sections 4 and 5): the model, 2,048 rows of 2,048 tokens at the end, 780 billion tokens, 6,144
-chips, 46.2% of the peak. Chosen: of the 256 ways, weights are split over 128; more than 2,048 devices are compiled by
-leaving out data and replica alone. The last batch from the beginning.
+Published (arXiv:2204.02311, sections 4 and 5): the model, 2,048 rows of 2,048 tokens at the end, 780 billion tokens,
+6,144 chips, 46.2% of the peak. Chosen: of the 256 ways, weights are split over 128; more than 2,048 devices are
+compiled by leaving out data and replica alone. The last batch from the beginning.
 """
 import os
 

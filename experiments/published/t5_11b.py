@@ -4,8 +4,8 @@
   python -m jaxlm.plan --config=experiments/published/t5_11b.py:devices=1024 --hardware=h100
   python -m jaxlm.main --config=experiments/published/t5_11b.py --config.data.paths=corpus/*.jsonl.zst
 
-Published (arXiv:1910.10683, sections 2.1 and 3.7): the model, the batch, the steps, slices of TPU pods with 1,024 chips (v3;
-planned here for later ones); not the mesh, which is chosen here.
+Published (arXiv:1910.10683, sections 2.1 and 3.7): the model, the batch, the steps, slices of TPU pods with 1,024 chips
+(v3; planned here for later ones); not the mesh, which is chosen here.
 """
 import os
 

@@ -1,4 +1,4 @@
-"""Block and Stack: the layers of every family, scanned or one by one; their caches; their parameters, stacked or not."""
+"""Block and Stack: the layers of every family, scanned or one by one; their caches; parameters, stacked or not."""
 import dataclasses
 from typing import Any
 

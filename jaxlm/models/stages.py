@@ -109,7 +109,8 @@ def run(apply: Callable[..., tuple[Array, dict[str, Array]]], weights: Tree, x_B
   C, rows = S * R, _row_axes(layout)
   P = math.prod(layout.mesh.shape[axis] for axis in rows)
   check_rows(x_BTD.shape[0], layout)
-  cut = lambda x: _pin(jnp.swapaxes(x.reshape(-1, M, *x.shape[1:]), 0, 1).reshape(M, P, -1, *x.shape[1:]), layout, {1: rows})
+  microbatches = lambda x: jnp.swapaxes(x.reshape(-1, M, *x.shape[1:]), 0, 1).reshape(M, P, -1, *x.shape[1:])
+  cut = lambda x: _pin(microbatches(x), layout, {1: rows})
   by_stage = {0: AXIS, 1: rows}
   copies = lambda x: _pin(jnp.broadcast_to(x[:, None], (S, P, *x.shape[1:])), layout, by_stage)
   table = order(repeats, layout)
@@ -131,7 +132,8 @@ def run(apply: Callable[..., tuple[Array, dict[str, Array]]], weights: Tree, x_B
 
   def stage(W, numbers, bias, r, flow, still):
     here = still.replace(bias=bias, source=None if hidden is None else (flow['source'], still.source[1]))
-    of_round = lambda x: x[0] if R == 1 else checkpoint_name(jax.lax.dynamic_index_in_dim(x, r, keepdims=False), WEIGHTS)
+    taken = lambda x: checkpoint_name(jax.lax.dynamic_index_in_dim(x, r, keepdims=False), WEIGHTS)
+    of_round = lambda x: x[0] if R == 1 else taken(x)
 
     def repeat(x, of_repeat):
       W, (numbers, real) = of_repeat
