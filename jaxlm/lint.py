@@ -25,6 +25,8 @@ def faults(program: Program, parts: Parts, config: Any) -> list[str]:
     config: it was compiled with; the batch is that of all devices.
   """
   messages = program.messages()
+  if config.optim.name == 'muon':  # it multiplies whole matrices by themselves, however they are spread
+    messages = [message for message in messages if 'Transformer' in message.source]
   found = [*_gathers(messages, parts), *_activations(program, parts, config), *_messages(messages, parts, config)]
   return list(dict.fromkeys(found))
 
@@ -118,10 +120,11 @@ def _messages(messages: list[Message], parts: Parts, config: Any) -> Iterator[st
   for message in messages:
     if message.bytes <= small or set(message.axes) <= expected[message.kind]:
       continue
-    if config.optim.name == 'muon' and 'Transformer' not in message.source:
-      continue  # it multiplies whole matrices by themselves, however they are spread
-    # Where devices are idle that share no weight, XLA lets them multiply a part of its gradient, and moves that.
-    if message.kind != 'collective-permute' or message.bytes > weight or not set(message.axes) <= storage | inside:
+    # Where devices are idle that share no weight, XLA lets them multiply a part of its gradient, and moves that; outside
+    # of the stages, those along them are idle.
+    idle = storage | inside if '_staged' in message.source else storage | inside | {stages.AXIS}
+    moved = message.kind == 'collective-permute' or stages.AXIS in message.axes
+    if not moved or message.bytes > weight or not set(message.axes) <= idle:
       yield f'{_told(message)}: no {message.kind} is expected there.'
 
 

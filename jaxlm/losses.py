@@ -60,7 +60,9 @@ def _token_losses(vocabulary: Vocabulary, logits_BTV: Array, targets_BT: Array) 
   nll_BT = log_z_BT - target_BT
   loss_BT = nll_BT
   if vocabulary.smoothing:
-    mean_BT = logits_BTV[..., :vocabulary.size].mean(-1)
+    # Not a slice: of a vocabulary that is split over devices it would be moved.
+    real_V = jnp.arange(logits_BTV.shape[-1]) < vocabulary.size
+    mean_BT = jnp.where(real_V, logits_BTV, 0).sum(-1) / vocabulary.size
     loss_BT = (1 - vocabulary.smoothing) * nll_BT + vocabulary.smoothing * (log_z_BT - mean_BT)
   if vocabulary.z_loss:
     loss_BT = loss_BT + vocabulary.z_loss * jnp.square(log_z_BT)

@@ -4,7 +4,8 @@ import pytest
 
 from experiments_test import EXPERIMENTS, get_config
 from jaxlm import config as base
-from jaxlm import bill, lint, losses, sharding
+from jaxlm import bill, check, lint, losses, sharding
+from jaxlm.types import JaxlmError
 
 MESH = dict(data=2, fsdp=2, tensor=2)
 # One of each kind of model in the ordinary suite, the others with the slow ones.
@@ -17,6 +18,7 @@ def compiled(name, mesh=MESH, **changes):
   config.update(seq_len=48, **changes)  # no dim of the model
   if config.model.attention.num_kv_heads % config.mesh.tensor:
     base.lay(config, kv_heads=None)
+  check.validate(config)
   return bill.compiled(config, bill.mesh_of(config))
 
 
@@ -34,7 +36,12 @@ def test_an_experiment_goes_by_its_layout(name):
 @pytest.mark.parametrize('name', EXPERIMENTS)
 @pytest.mark.parametrize('mesh', [dict(fsdp=8), dict(fsdp=2, pipe=2, tensor=2)], ids=['fsdp', 'stages'])
 def test_it_does_on_other_meshes(name, mesh):
-  assert faults(compiled(name, mesh)) == []
+  try:
+    found = faults(compiled(name, mesh))
+  except JaxlmError as e:
+    assert 'pipe' in mesh and 'config.mesh.pipe=2' in str(e)
+  else:
+    assert found == []
 
 
 # ---- what does not -------------------------------------------------------------------------------------------------

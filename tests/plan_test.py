@@ -13,7 +13,10 @@ from jax.sharding import NamedSharding, PartitionSpec as P
 
 from jaxlm import bill, hardware, liveness, search, sharding, trees
 from jaxlm import config as base
+from jaxlm.families import gpt3
 from jaxlm.hlo import Program, _first_group
+from jaxlm.models import cost
+from jaxlm.models.config import freeze
 from jaxlm.types import JaxlmError
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -120,11 +123,23 @@ def test_a_bill_adds_up():
   assert 'DOES NOT' not in bill.table(found) and 'm  ' in bill.table(found)
 
 
-def test_sustained_speed_gives_the_money_that_is_in_print():
-  """GPT-3: 3.14e23 FLOPs; on V100s at 28 TFLOP/s and 1.5 an hour about 4.6 million."""
-  flops = 3.14e23
+def test_gpt3_costs_what_is_in_print():
+  """3.14e23 FLOPs for 300 billion tokens; on V100s that sustain 28 TFLOP/s about 4.6 million at 1.5 an hour, and over
+  12 million at 3.9."""
+  config = base.default()
+  config.model.update(gpt3.SIZES['175b'])
+  model = freeze(base.resolved(config)['model'], vocab_size=50257, visibility='causal')
+  flops = cost.flops_per_token(model, 2048) * 300e9
+  assert flops == pytest.approx(3.14e23, rel=0.02)  # the printed figure leaves scores out
   hours = flops / 28e12 / 3600
-  assert hours * 1.5 == pytest.approx(4.6e6, rel=0.02)
+  assert hours * 1.5 == pytest.approx(4.6e6, rel=0.04) and hours * 3.9 > 12e6
+
+
+def test_a_known_speed_gives_time_and_money():
+  found = bill.make(config_of(**{'mesh.fsdp': 8}), 'v100', 8, bill.Assumptions(
+      price_per_hour=1.5, tokens=1e9, sustained_tflops=28))
+  hours = found['job']['flops'] / 28e12 / 3600
+  assert found['job']['device_hours'] == pytest.approx(hours) and found['job']['money'] == pytest.approx(1.5 * hours)
 
 
 # ---- meshes that are too large, or wrong -------------------------------------------------------------------------

@@ -58,11 +58,11 @@ def choose(moe: MoeConfig, logits_BTE: Array, bias_E: Array | None) -> tuple[Arr
   if moe.top_groups < moe.num_groups:
     B, T, E = by_BTE.shape
     grouped_BTGE = by_BTE.reshape(B, T, moe.num_groups, -1)
-    best_BTG = jax.lax.top_k(grouped_BTGE, min(2, grouped_BTGE.shape[-1]))[0].sum(-1)
-    top_BTX = jax.lax.top_k(best_BTG, moe.top_groups)[1]
+    best_BTG = jnp.sort(grouped_BTGE, axis=-1)[..., -2:].sum(-1)
+    top_BTX = largest(best_BTG, moe.top_groups)
     open_BTG = (jnp.arange(moe.num_groups) == top_BTX[..., None]).any(-2)
     by_BTE = jnp.where(open_BTG[..., None], grouped_BTGE, -jnp.inf).reshape(B, T, E)
-  experts_BTK = jax.lax.top_k(by_BTE, moe.top_k)[1]
+  experts_BTK = largest(by_BTE, moe.top_k)
   weights_BTK = jnp.take_along_axis(score_BTE, experts_BTK, axis=-1)
   if moe.normalise:
     weights_BTK /= weights_BTK.sum(-1, keepdims=True) + 1e-20  # sigmoids may all be 0
@@ -125,6 +125,13 @@ def _hidden(config: ModelConfig, project: Callable[[str], Array]) -> Array:
   act = lookup(ACTIVATIONS, config.mlp.activation, 'activation')
   h = act(project('gate')) * project('up') if config.mlp.gated else act(project('up'))
   return checkpoint_name(h, 'mlp_hidden')
+
+
+def largest(x: Array, count: int) -> Array:
+  """Where in the last dim its `count` largest stand, the largest first, of equals the first."""
+  # Not top_k, which XLA gathers over a pipeline's stages. The numbers vary over devices as x does, see `_sorted`.
+  numbers = jax.lax.broadcasted_iota(jnp.int32, x.shape, x.ndim - 1) + (x != x)
+  return jax.lax.sort_key_val(-x, numbers)[1][..., :count]
 
 
 def _sorted(keys_Y: Array) -> tuple[Array, Array]:
