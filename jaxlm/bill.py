@@ -10,6 +10,7 @@ import numpy as np
 
 from jaxlm import hardware, lint, liveness, objectives, sharding, train, trees
 from jaxlm.data import words
+from jaxlm.data.pipeline import BatchSizes
 from jaxlm.data.tokenizers import Vocab
 from jaxlm.hlo import Dot, Message, Program
 from jaxlm.models import cost, stages
@@ -20,9 +21,9 @@ from jaxlm.types import JaxlmError
 
 LIMIT = 2048  # devices that one process can simulate; the CPU backend fails beyond
 
-# Mesh axes whose messages need not be waited for: weights and gradients, and what a ring or a pipeline passes on.
-OVERLAPPED = ('replica', 'data', 'fsdp', 'seq', 'pipe')
-BATCH_AXES = ('replica', 'data', 'fsdp')
+# Mesh axes whose messages need not be waited for, beside those of rows, along which weights and gradients go: what a
+# ring or a pipeline passes on.
+OVERLAPPED = {'seq', 'pipe'}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,9 +98,9 @@ def read(step: Step, config: Any, hardware_name: str, sizes: Mapping[str, int],
   kernel = masked * (3.5 + again) / (3 + again) if uncounted else devices * _flops(of_kernel)
   others = devices * (_flops(dots) - _flops(of_kernel))
   per_device = (others + kernel) / devices
-  memory = _memory(shapes, step, dtype)
+  memory = _memory(shapes, step, dtype, sizes)
   messages = [_rescaled(message, small, sizes) for message in program.messages()]
-  links = _links(messages, sizes, row, dtype)
+  links = _links(messages, sizes, row, dtype, {*shapes.layout.axes('act_batch')})
   local_s = per_device / (peak * assumptions.efficiency) + _traffic(program, dtype) / row.bandwidth
   waited = sum(link['seconds'] for link in links if not link['overlapped'])
   beside = sum(link['seconds'] for link in links if link['overlapped'])
@@ -107,7 +108,7 @@ def read(step: Step, config: Any, hardware_name: str, sizes: Mapping[str, int],
   if assumptions.sustained_tflops:
     step_s = model_flops / (devices * assumptions.sustained_tflops * 1e12)
   tokens_per_step = config.batch_size * config.seq_len
-  tokens = assumptions.tokens or float(tokens_per_step * config.steps)
+  tokens = assumptions.tokens or float(BatchSizes.of(config).consumed(config.steps) * config.seq_len)
   S, R, M = stages.sizes(shapes.layout)
   # A pipeline's bubbles are among its products, and the compiler leaves no source on those that vmap made.
   apart = {} if S > 1 or not masked else dict(masked_over_model=(others + masked) / model_flops,
@@ -137,7 +138,8 @@ def read(step: Step, config: Any, hardware_name: str, sizes: Mapping[str, int],
                device_hours=hours * devices, money=hours * devices * assumptions.price_per_hour,
                kwh=kwh, co2e_kg=kwh * assumptions.kg_per_kwh),
       inference=_inference(model.config, plain, row, peak, config), assumptions=dataclasses.asdict(assumptions),
-      how=_how(sizes, small, dtype, uncounted, moe.num_experts > 0 and moe.mode == 'dropless', assumptions))
+      how=_how(sizes, small, dtype, uncounted, moe.num_experts > 0 and moe.mode == 'dropless', assumptions)
+      | (OFFLOADED if config.sharding.offload_optimizer else {}))
 
 
 # ---- the mesh ----------------------------------------------------------------------------------------------------
@@ -234,15 +236,19 @@ def stand_in(config: Any) -> Vocab:
 # ---- memory ------------------------------------------------------------------------------------------------------
 
 
-def _held(tree: Any) -> int:
-  """Bytes on each device, exactly, from the shardings."""
-  return sum(math.prod(x.sharding.shard_shape(x.shape)) * np.dtype(x.dtype).itemsize for x in jax.tree.leaves(tree))
+def _held(tree: Any, sizes: Mapping[str, int]) -> int:
+  """Bytes on each device of the whole mesh, exactly, from the shardings."""
+  def held(x):
+    mesh = x.sharding.mesh.shape
+    smaller = math.prod(sizes[axis] // mesh[axis] for axis in sharding.axes_of(x.sharding.spec))
+    return math.prod(x.sharding.shard_shape(x.shape)) * np.dtype(x.dtype).itemsize // smaller
+  return sum(map(held, jax.tree.leaves(tree)))
 
 
-def _memory(shapes: Shapes, step: Step, dtype: str) -> dict[str, Any]:
+def _memory(shapes: Shapes, step: Step, dtype: str, sizes: Mapping[str, int]) -> dict[str, Any]:
   state = shapes.state
-  gradients = sum(math.prod(s.shard_shape(x.shape)) * np.dtype(x.dtype).itemsize
-                  for x, s in zip(jax.tree.leaves(state.params), jax.tree.leaves(shapes.gradients)))
+  gradients = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state.params,
+                           shapes.gradients)
   temporaries, buffers = liveness.fullest(step.program)
   like_weights = {tuple(x.sharding.shard_shape(x.shape)) for x in jax.tree.leaves(state.params)}
   like_weights |= {shape[1:] for shape in like_weights}
@@ -259,8 +265,9 @@ def _memory(shapes: Shapes, step: Step, dtype: str) -> dict[str, Any]:
       kind, share = 'activations', 0.5 if dtype != 'float32' and buffer.kind == 'f32' else 1.0
     classes[kind] += buffer.bytes
     scaled += share * buffer.bytes
-  known = dict(parameters=_held(state.params) + _held(step.parts.shapes.frozen), optimizer=_held(state.opt_state),
-               average=_held(state.ema), gradients=gradients)
+  lying = dict(parameters=(state.params, shapes.frozen), optimizer=state.opt_state, average=state.ema,
+               gradients=gradients)
+  known = {name: _held(tree, sizes) for name, tree in lying.items()}
   total = known['parameters'] + known['optimizer'] + known['average'] + scaled
   return known | dict(temporaries=scaled, temporaries_float32=temporaries, temporaries_float32_measured=step.measured,
                       temporaries_by_class=dict(classes), total=total)
@@ -274,21 +281,23 @@ def _rescaled(message: Message, small: Mapping[str, int], sizes: Mapping[str, in
   return message if message.kind == 'collective-permute' else dataclasses.replace(message, size=message.size * grown)
 
 
-def _links(messages: list[Message], sizes: Mapping[str, int], row: hardware.Hardware,
-           dtype: str) -> list[dict[str, Any]]:
-  """Messages by kind and axes: how many, how much, over which links, how long."""
+def _links(messages: list[Message], sizes: Mapping[str, int], row: hardware.Hardware, dtype: str,
+           rows: set[str]) -> list[dict[str, Any]]:
+  """Messages by kind and axes: how many, how much, over which links, how long; `rows` are axes that rows go over."""
   order = list(sizes)
   stride = {axis: math.prod(sizes[a] for a in order[i + 1:]) for i, axis in enumerate(order)}
   found: dict[tuple, dict[str, Any]] = {}
   for message in messages:
     # Sums over rows are gradients', in float32; weights are gathered, and all else travels, as it is multiplied.
-    summed = set(message.axes) <= set(BATCH_AXES) and message.kind in ('all-reduce', 'reduce-scatter')
-    itemsize = 1.0 if summed or dtype == 'float32' else 0.5
-    near = all(stride[axis] * sizes[axis] <= row.near for axis in message.axes)
-    entry = found.setdefault((message.kind, message.axes, message.emitted), dict(
+    # What tokens send to their experts, and experts back, is no weight's.
+    weights = set(message.axes) <= rows and message.kind != 'all-to-all' and '_dropless' not in message.source
+    itemsize = 1.0 if weights and message.kind in ('all-reduce', 'reduce-scatter') or dtype == 'float32' else 0.5
+    near = all(row.near % (stride[axis] * sizes[axis]) == 0 for axis in message.axes)
+    waits = not weights and not set(message.axes) <= (rows | OVERLAPPED) - {'expert'}
+    entry = found.setdefault((message.kind, message.axes, message.emitted, waits), dict(
         kind=message.kind, axes=list(message.axes), emitted=message.emitted, devices=message.size, times=0, bytes=0.0,
         emitted_bytes=0.0, sent=0.0, links='near' if near else 'far',
-        overlapped=set(message.axes) <= set(OVERLAPPED), seconds=0.0))
+        overlapped=not waits, seconds=0.0))
     entry['times'] += message.times
     entry['bytes'] += message.times * message.bytes * itemsize
     entry['emitted_bytes'] += message.times * message.emitted_bytes * itemsize
@@ -333,6 +342,9 @@ def _inference(config: Any, params: Any, row: hardware.Hardware, peak: float, gi
 
 
 # ---- words -------------------------------------------------------------------------------------------------------
+
+OFFLOADED = {'memory.optimizer, offloaded': "counted as a device's: a step fetches all of it from the host, when is the "
+                                            "backend's choice; the fetch is in no time"}
 
 
 def _how(sizes: Mapping[str, int], small: Mapping[str, int], dtype: str, uncounted: bool,

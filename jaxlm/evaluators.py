@@ -8,6 +8,7 @@ import jax
 
 from jaxlm import decode, losses, sharding
 from jaxlm.data.pipeline import HeldoutBatches
+from jaxlm.models import stages
 from jaxlm.models.transformer import Transformer
 from jaxlm.types import Tree
 
@@ -47,6 +48,8 @@ class Evaluators:
     self._rows = self._layout.host_rows(shape)
     self._heldout = [HeldoutBatches(s, objective, config, tokenizer.vocab, lambda size: self._rows)
                      for s in stores if len(s.heldout)]
+    if self._heldout:
+      stages.check_rows(self._size, self._layout)  # before any training
     self._covers, by_context = objective.covers, None
     if config.eval.by_context and objective.covers:
       by_context = functools.partial(losses.loss_by_context, model, losses.vocabulary_of(model, config.loss))

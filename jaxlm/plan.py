@@ -36,6 +36,8 @@ def main(argv: list[str]) -> None:
   del argv
   config = programs.config()
   check.validate(config)
+  if OUTPUT.value and os.path.isdir(OUTPUT.value):
+    raise JaxlmError(f'--output={OUTPUT.value} is a folder; give a file in it.')
   if OUTPUT.value and not os.path.isdir(os.path.dirname(os.path.abspath(OUTPUT.value))):
     raise JaxlmError(f'--output={OUTPUT.value}: its folder is not there; make it, or give another file.')
   assumptions = bill.Assumptions(EFFICIENCY.value, SUSTAINED.value, PRICE.value, PUE.value, CARBON.value, TOKENS.value)

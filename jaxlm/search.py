@@ -3,9 +3,9 @@ import itertools
 import math
 from typing import Any, Iterator
 
-from jaxlm import bill, hardware
-from jaxlm.models.config import freeze
+from jaxlm import bill, check, hardware
 from jaxlm import config as config_module
+from jaxlm.models.config import freeze
 from jaxlm.types import JaxlmError
 
 
@@ -59,7 +59,7 @@ def ranked(config: Any, hardware_name: str, devices: int, assumptions: bill.Assu
     JaxlmError: no layout can be compiled.
   """
   row = hardware.named(hardware_name)
-  count = devices or math.prod(n for n in config.mesh.values() if n > 0)
+  count = devices or math.prod(bill.mesh_of(config).values())
   likely = sorted(candidates(config, count, row.near), key=lambda layout: guess(config, layout, row))
   found, refused = [], ''
   for layout in itertools.islice(likely, tries):
@@ -67,6 +67,7 @@ def ranked(config: Any, hardware_name: str, devices: int, assumptions: bill.Assu
     with changed.unlocked():
       changed.update_from_flattened_dict(layout)
     try:
+      check.validate(changed)
       found.append(bill.make(changed, hardware_name, count, assumptions) | {'layout': layout})
     except JaxlmError as e:
       refused = str(e)

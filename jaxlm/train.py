@@ -178,6 +178,11 @@ def assemble(config: Any, layout: Layout, vocab: Any) -> Parts:
   for size in {config.batch_size, *(size for _, size in config.batch_ramp)}:
     layout.batch((size // config.accumulation, config.seq_len))  # says what does not divide, before any work
     stages.check_rows(size // config.accumulation, layout)
+  for key, columns in lengths.items():
+    if columns % layout.parts('act_length'):
+      raise JaxlmError(f'{key}: at config.seq_len={config.seq_len} objective {config.objective.name!r} makes {columns} '
+                       f'of them a row, which do not divide by the {layout.parts("act_length")} devices that lengths '
+                       'are split over; choose another seq_len, or rate of the objective.')
   _check_lengths(model, lengths)
   shapes = init_state(model, config)
   vocabulary, loss = losses.vocabulary_of(model, config.loss), losses.LOSSES[objective.loss]
@@ -266,7 +271,7 @@ def run(config: Any, workdir: str, allow_change: Sequence[str] = ()) -> dict[str
     Preempted: it was asked to stop, and saved.
   """
   check.validate(config)
-  with lock(workdir), Signals() as signals:
+  with Signals() as signals, lock(workdir):
     directory = rundir.RunDirectory(workdir)
     prepared = store.prepare(config, objectives.roles(config))
     parts = Run(config, directory.path, prepared)

@@ -565,6 +565,15 @@ CASES = (
     Case('a length that does not divide', '--config=tiny.py --workdir=runs/new --config.mesh.data=1 '
          '--config.mesh.seq=8 --config.seq_len=20',
          ('batch: dim 1 (act_length=20) does not divide by mesh axis seq=8; set config.seq_len to a multiple of it.',)),
+    Case('rows of evaluation that do not cut into microbatches', '--config=tiny.py --workdir=runs/new '
+         '--config.mesh.pipe=2 --config.mesh.data=4 --config.pipeline.microbatches=2 --config.eval.batch_size=4',
+         ('4 rows (config.batch_size / config.accumulation, or config.eval.batch_size) do not divide by '
+          'config.pipeline.microbatches=2 × 4 devices that rows are split over; change one of them.',)),
+    Case('predicted places that do not divide', '--config=tiny.py --workdir=runs/new --config.mesh.data=1 '
+         '--config.mesh.seq=8 --config.seq_len=24 --config.model.structure=encoder --config.objective.name=masked '
+         '--config.data.tokenizer=bytes',
+         ("targets: at config.seq_len=24 objective 'masked' makes 4 of them a row, which do not divide by the 8 devices "
+          'that lengths are split over; choose another seq_len, or rate of the objective.',)),
     Case('a frozen parameter that is not there', '--config=tiny.py --workdir=runs/new --config.optim.freeze="(\'nosuch\',)"',
          ("config.optim.freeze: 'nosuch' matches no parameter; patterns match a whole path, such as 'embed/embedding'.",)),
 )

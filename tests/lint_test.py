@@ -44,6 +44,11 @@ def test_it_does_on_other_meshes(name, mesh):
     assert found == []
 
 
+@pytest.mark.parametrize('mesh', [dict(expert=4), dict(expert=2, data=2, tensor=2)], ids=['alone', 'with others'])
+def test_experts_on_their_own_axis_do(mesh):
+  assert faults(compiled('mixtral', mesh)) == []
+
+
 # ---- what does not -------------------------------------------------------------------------------------------------
 
 

@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec as P
 from jaxlm import bill, hardware, liveness, search, sharding, trees
 from jaxlm import config as base
 from jaxlm.families import gpt3
-from jaxlm.hlo import Program, _first_group
+from jaxlm.hlo import Message, Program, _first_group
 from jaxlm.models import cost
 from jaxlm.models.config import freeze
 from jaxlm.types import JaxlmError
@@ -105,7 +105,7 @@ def test_modelled_temporaries_are_near_the_compilers(step):
 
 
 def test_state_bytes_are_those_of_the_shards(step):
-  memory = bill._memory(step[1].parts.shapes, step[1], 'float32')
+  memory = bill._memory(step[1].parts.shapes, step[1], 'float32', step[1].program.mesh)
   held = lambda tree: sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
   assert memory['parameters'] == held(step[1].parts.shapes.state.params)
   assert memory['optimizer'] == held(step[1].parts.shapes.state.opt_state)
@@ -161,7 +161,9 @@ def test_only_data_and_replica_shrink():
     (['--devices=12', '--config.mesh.fsdp=5'], 'config.mesh: fsdp=5 needs 5 devices, there are 12'),
     (['--devices=4096', '--config.mesh.data=1', '--config.mesh.fsdp=4096'], 'more devices than the 2048'),
     (['--devices=8', '--config.batch_size=12'], 'does not divide by mesh axis fsdp=8'),
-    (['--devices=8', '--output=nowhere/plan.json'], 'its folder is not there')])
+    (['--search'], '--devices is missing; config.mesh leaves one axis open (-1)'),
+    (['--devices=8', '--output=nowhere/plan.json'], 'its folder is not there'),
+    (['--devices=8', '--output=.'], '--output=. is a folder; give a file in it.')])
 def test_a_plan_that_cannot_be_made_is_one_clear_line(arguments, line):
   done = subprocess.run([sys.executable, '-m', 'jaxlm.plan', f'--config={ROOT}/experiments/gpt2.py:smoke', *arguments],
                         env=dict(os.environ, PYTHONPATH=str(ROOT)), capture_output=True, text=True, timeout=300)
@@ -176,6 +178,43 @@ def test_the_program_writes_its_table_and_json(tmp_path):
   assert done.returncode == 0, done.stderr
   found = json.loads((tmp_path / 'plan.json').read_text())
   assert found['devices'] == 16 and found['mesh'] == {'fsdp': 8, 'tensor': 2} and 'all-reduce over tensor' in done.stdout
+
+
+def test_what_is_exact_is_so_on_a_mesh_that_is_compiled_smaller(monkeypatch):
+  config = config_of(**{'mesh.data': 8, 'sharding.optimizer_rules': (('embed', 'data'),)})
+  whole = bill.make(config, 'h100', 8)['memory']
+  monkeypatch.setattr(bill, 'LIMIT', 2)
+  smaller = bill.make(config, 'h100', 8)['memory']
+  for name in ('parameters', 'optimizer', 'gradients'):
+    assert smaller[name] == whole[name]
+
+
+def test_tokens_on_their_way_to_experts_are_waited_for_and_gradients_are_not():
+  message = lambda kind, source: Message(kind, 8.0, ('data', 'expert'), 8, 1, kind, 8.0, source)
+  links = bill._links([message('all-reduce', 'transpose(jvp(Transformer))/dot_general'),
+                       message('all-gather', 'mlp._dropless/shard_map/all_gather')],
+                      sharding.mesh_sizes(dict(data=4, expert=2), 8), hardware.named('h100'), 'bfloat16',
+                      {'data', 'expert'})
+  assert {link['kind']: (link['overlapped'], link['bytes']) for link in links} == {
+      'all-reduce': (True, 8.0), 'all-gather': (False, 4.0)}
+
+
+def test_a_job_counts_its_smaller_batches():
+  config = config_of(**{'mesh.fsdp': 8, 'steps': 1000, 'batch_ramp': ((500, 8),)})
+  assert bill.make(config, 'h100', 8)['job']['tokens'] == (500 * 8 + 500 * 16) * 64
+
+
+def test_a_search_leaves_out_what_cannot_be_run():
+  config = config_of(**{'mesh.data': -1, 'model.scan': False})
+  found = search.ranked(config, 'a100', 2, bill.Assumptions(), tries=4)
+  assert found and all('pipe' not in one['mesh'] for one in found)
+
+
+def test_near_links_are_those_of_groups_within_a_node():
+  sizes = sharding.mesh_sizes(dict(data=4, tensor=6), 24)
+  message = Message('all-reduce', 8.0, ('tensor',), 6, 1, 'all-reduce', 8.0, '')
+  near, = bill._links([message], sizes, hardware.named('h100'), 'float32', {'data'})
+  assert near['links'] == 'far' and not near['overlapped']
 
 
 def test_a_search_ranks_what_fits_first():
