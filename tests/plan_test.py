@@ -271,8 +271,9 @@ def test_tensor_parallelism_sums_twice_a_layer_in_each_direction(stream):
   print(kind, count, moved / residual)
   assert count == 4 * 4 and moved == pytest.approx(4 * 4 * residual, rel=0.01)
   gathers, gathered = sent(step, 'all-gather', 'tensor', inside='slot_0')
-  # Forward two; backward two of gradients, and two of what entered, for the weights' gradients.
-  assert (gathers, gathered) == ((4 * 6, pytest.approx(4 * 6 * residual, rel=0.01)) if stream else (0, 0))
+  # Forward two; backward two of gradients, and two of what entered, for the weights' gradients, where JAX 0.12 keeps
+  # what it had.
+  assert gathers in ((4 * 4, 4 * 6) if stream else (0,)) and gathered == pytest.approx(gathers * residual, rel=0.01)
 
 
 def test_a_ring_passes_a_block_on_while_it_is_used():
