@@ -13,7 +13,7 @@ from jaxlm.data import words
 from jaxlm.data.pipeline import BatchSizes
 from jaxlm.data.tokenizers import Vocab
 from jaxlm.hlo import Dot, Message, Program
-from jaxlm.models import cost, stages
+from jaxlm.models import cost, moe, stages
 from jaxlm.models.attention import SCOPE
 from jaxlm.models.stack import init_cache
 from jaxlm.state import Shapes
@@ -120,7 +120,7 @@ def read(step: Step, config: Any, hardware_name: str, sizes: Mapping[str, int],
     schedule['missing_layers'] = sum(int((stages.order(n, shapes.layout) < 0).sum()) for n in stacks.values())
   hours = tokens / tokens_per_step * step_s / 3600
   kwh = hours * devices * row.watts / 1000 * assumptions.pue
-  plain, moe = shapes.saved.params, model.config.moe
+  plain, experts = shapes.saved.params, model.config.moe
   return dict(
       params_total=trees.count(plain), devices=devices, bytes_per_device=memory['total'], flops_per_step=model_flops,
       step_s=step_s, hardware=hardware_name, fits=memory['total'] <= row.memory,
@@ -138,8 +138,8 @@ def read(step: Step, config: Any, hardware_name: str, sizes: Mapping[str, int],
                device_hours=hours * devices, money=hours * devices * assumptions.price_per_hour,
                kwh=kwh, co2e_kg=kwh * assumptions.kg_per_kwh),
       inference=_inference(model.config, plain, row, peak, config), assumptions=dataclasses.asdict(assumptions),
-      how=_how(sizes, small, dtype, uncounted, moe.num_experts > 0 and moe.mode == 'dropless', assumptions)
-      | (OFFLOADED if config.sharding.offload_optimizer else {}))
+      how=_how(sizes, small, dtype, uncounted, experts.num_experts > 0 and experts.mode == 'dropless',
+               config.sharding.offload_optimizer, assumptions))
 
 
 # ---- the mesh ----------------------------------------------------------------------------------------------------
@@ -290,7 +290,7 @@ def _links(messages: list[Message], sizes: Mapping[str, int], row: hardware.Hard
   for message in messages:
     # Sums over rows are gradients', in float32; weights are gathered, and all else travels, as it is multiplied.
     # What tokens send to their experts, and experts back, is no weight's.
-    weights = set(message.axes) <= rows and message.kind != 'all-to-all' and '_dropless' not in message.source
+    weights = set(message.axes) <= rows and message.kind != 'all-to-all' and moe.SCOPE not in message.source
     itemsize = 1.0 if weights and message.kind in ('all-reduce', 'reduce-scatter') or dtype == 'float32' else 0.5
     near = all(row.near % (stride[axis] * sizes[axis]) == 0 for axis in message.axes)
     waits = not weights and not set(message.axes) <= (rows | OVERLAPPED) - {'expert'}
@@ -343,12 +343,8 @@ def _inference(config: Any, params: Any, row: hardware.Hardware, peak: float, gi
 
 # ---- words -------------------------------------------------------------------------------------------------------
 
-OFFLOADED = {'memory.optimizer, offloaded': "counted as a device's: a step fetches all of it from the host, when is the "
-                                            "backend's choice; the fetch is in no time"}
-
-
 def _how(sizes: Mapping[str, int], small: Mapping[str, int], dtype: str, uncounted: bool,
-         experts: bool, assumptions: Assumptions) -> dict[str, str]:
+         experts: bool, offloaded: bool, assumptions: Assumptions) -> dict[str, str]:
   """Where each part of the bill comes from."""
   found = {
       'parameters, memory.parameters, optimizer, average, gradients': 'exact, from the shardings',
@@ -370,6 +366,9 @@ def _how(sizes: Mapping[str, int], small: Mapping[str, int], dtype: str, uncount
   if experts:
     found['experts'] = ('the CPU multiplies rows of a dropless mixture with every expert: program_per_step and the '
                         'times count those products, which other backends do not make')
+  if offloaded:
+    found['memory.optimizer, offloaded'] = ("counted as a device's: a step fetches all of it from the host, when is the "
+                                            "backend's choice; the fetch is in no time")
   if small != dict(sizes):
     told = ' × '.join(f'{axis}={n}' for axis, n in small.items() if n > 1)
     found['compiled_devices'] = (f'more than {LIMIT} devices cannot be simulated: compiled for {told} at the same rows '

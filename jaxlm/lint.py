@@ -8,6 +8,7 @@ import numpy as np
 from jaxlm import sharding, trees
 from jaxlm.hlo import Instruction, Message, Program
 from jaxlm.models import stages
+from jaxlm.models.moe import SCOPE
 from jaxlm.train import Parts
 
 SMALL = 1 / 64  # of a device's part of the residual stream: messages up to so many bytes are nobody's concern
@@ -54,7 +55,7 @@ def _gathers(messages: list[Message], parts: Parts) -> Iterator[str]:
     if size > largest:
       largest, of = size, path
   for message in messages:
-    if '_dropless' not in message.source and (  # where a token's experts are is known to nobody before: all are sent
+    if SCOPE not in message.source and (  # where a token's experts are is known to nobody before: all are sent
         message.kind == 'all-gather' and set(message.axes) <= storage and message.bytes > 1.01 * largest):
       yield f'{_told(message)}: more than the whole of the largest weight of a layer, {of}, {largest:,.0f} bytes.'
 
@@ -94,7 +95,7 @@ def _activations(program: Program, parts: Parts, config: Any) -> Iterator[str]:
 def _arrays(program: Program) -> Iterator[Instruction]:
   """Arrays of floats that exist in memory."""
   for computation, x, _, _ in program.walk():
-    if '_dropless' not in x.source and computation not in program.fused and len(x.shapes) == 1 and x.shapes[0][0] in ('f32', 'bf16', 'f16') and (
+    if SCOPE not in x.source and computation not in program.fused and len(x.shapes) == 1 and x.shapes[0][0] in ('f32', 'bf16', 'f16') and (
         x.opcode not in ('parameter', 'get-tuple-element', 'tuple', 'bitcast')) and len(x.shapes[0][1]) > 2:
       yield x
 

@@ -50,7 +50,12 @@ def _logits(vocabulary: Vocabulary, hidden_BTD: Array, w_VD: Array, b_V: Array |
   logits_BTV = softcap(logits_BTV, vocabulary.softcap)
   if logits_BTV.shape[-1] == vocabulary.size:
     return logits_BTV
-  return jnp.where(jnp.arange(logits_BTV.shape[-1]) < vocabulary.size, logits_BTV, -jnp.inf)
+  return jnp.where(_real(vocabulary, logits_BTV), logits_BTV, -jnp.inf)
+
+
+def _real(vocabulary: Vocabulary, logits_BTV: Array) -> Array:
+  """bool [V]: which columns are of the vocabulary."""
+  return jnp.arange(logits_BTV.shape[-1]) < vocabulary.size
 
 
 def _token_losses(vocabulary: Vocabulary, logits_BTV: Array, targets_BT: Array) -> tuple[Array, Array, Array, Array]:
@@ -61,8 +66,7 @@ def _token_losses(vocabulary: Vocabulary, logits_BTV: Array, targets_BT: Array) 
   loss_BT = nll_BT
   if vocabulary.smoothing:
     # Not a slice: of a vocabulary that is split over devices it would be moved.
-    real_V = jnp.arange(logits_BTV.shape[-1]) < vocabulary.size
-    mean_BT = jnp.where(real_V, logits_BTV, 0).sum(-1) / vocabulary.size
+    mean_BT = jnp.where(_real(vocabulary, logits_BTV), logits_BTV, 0).sum(-1) / vocabulary.size
     loss_BT = (1 - vocabulary.smoothing) * nll_BT + vocabulary.smoothing * (log_z_BT - mean_BT)
   if vocabulary.z_loss:
     loss_BT = loss_BT + vocabulary.z_loss * jnp.square(log_z_BT)
@@ -78,8 +82,7 @@ def _logit_gradient(vocabulary: Vocabulary, logits_BTV: Array, targets_BT: Array
   hot_BTV = jnp.arange(logits_BTV.shape[-1]) == targets_BT[..., None]
   grad_BTV = probs_BTV * (1 + 2 * vocabulary.z_loss * log_z_BT)[..., None] - (1 - vocabulary.smoothing) * hot_BTV
   if vocabulary.smoothing:
-    real_V = jnp.arange(logits_BTV.shape[-1]) < vocabulary.size
-    grad_BTV -= jnp.where(real_V, vocabulary.smoothing / vocabulary.size, 0)
+    grad_BTV -= jnp.where(_real(vocabulary, logits_BTV), vocabulary.smoothing / vocabulary.size, 0)
   if vocabulary.softcap:
     slope_BTV = 1 - jnp.square(logits_BTV / vocabulary.softcap)
     grad_BTV = jnp.where(jnp.isfinite(logits_BTV), grad_BTV * slope_BTV, 0)

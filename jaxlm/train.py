@@ -146,11 +146,18 @@ class Parts:
   lengths: dict[str, int]
 
 
-def _check_lengths(model: Transformer, lengths: dict[str, int]) -> None:
-  """Raises JaxlmError where rows are longer than the learned positions there are: a lookup would give NaN."""
-  config, longest = model.config, max(lengths.get(key, 0) for key in ('tokens', 'source_tokens'))
-  if config.positions.kind == 'learned' and longest > config.max_length:
-    raise JaxlmError(f'config.model.max_length={config.max_length} is less than the {longest} columns that rows of '
+def _check_lengths(config: Any, model: Transformer, lengths: dict[str, int]) -> None:
+  """Raises JaxlmError where columns do not divide by the devices they are split over, or are more than the learned
+  positions there are: a lookup would give NaN."""
+  parts = model.layout.parts('act_length')
+  for key, columns in lengths.items():
+    if columns % parts:
+      raise JaxlmError(f'{key}: at config.seq_len={config.seq_len} objective {config.objective.name!r} makes {columns} '
+                       f'of them a row, which do not divide by the {parts} devices that lengths are split over; choose '
+                       'another seq_len, or rate of the objective.')
+  there, longest = model.config.max_length, max(lengths.get(key, 0) for key in ('tokens', 'source_tokens'))
+  if model.config.positions.kind == 'learned' and longest > there:
+    raise JaxlmError(f'config.model.max_length={there} is less than the {longest} columns that rows of '
                      'this objective have; raise it, or lower config.seq_len.')
 
 
@@ -178,12 +185,7 @@ def assemble(config: Any, layout: Layout, vocab: Any) -> Parts:
   for size in {config.batch_size, *(size for _, size in config.batch_ramp)}:
     layout.batch((size // config.accumulation, config.seq_len))  # says what does not divide, before any work
     stages.check_rows(size // config.accumulation, layout)
-  for key, columns in lengths.items():
-    if columns % layout.parts('act_length'):
-      raise JaxlmError(f'{key}: at config.seq_len={config.seq_len} objective {config.objective.name!r} makes {columns} '
-                       f'of them a row, which do not divide by the {layout.parts("act_length")} devices that lengths '
-                       'are split over; choose another seq_len, or rate of the objective.')
-  _check_lengths(model, lengths)
+  _check_lengths(config, model, lengths)
   shapes = init_state(model, config)
   vocabulary, loss = losses.vocabulary_of(model, config.loss), losses.LOSSES[objective.loss]
   loss_fn = lambda params, batch, rng: loss(model, vocabulary, params, batch, rng)

@@ -129,10 +129,11 @@ def test_gpt3_costs_what_is_in_print():
   config = base.default()
   config.model.update(gpt3.SIZES['175b'])
   model = freeze(base.resolved(config)['model'], vocab_size=50257, visibility='causal')
-  flops = cost.flops_per_token(model, 2048) * 300e9
-  assert flops == pytest.approx(3.14e23, rel=0.02)  # the printed figure leaves scores out
+  scores = 3 * cost.scores_per_row(model, {'tokens': 2048}) / 2048  # which the printed figure leaves out
+  flops = (cost.flops_per_token(model, 2048) - scores) * 300e9
+  assert flops == pytest.approx(3.14e23, rel=0.005)
   hours = flops / 28e12 / 3600
-  assert hours * 1.5 == pytest.approx(4.6e6, rel=0.04) and hours * 3.9 > 12e6
+  assert hours * 1.5 == pytest.approx(4.6e6, rel=0.02) and hours * 3.9 > 12e6
 
 
 def test_a_known_speed_gives_time_and_money():
@@ -271,9 +272,10 @@ def test_tensor_parallelism_sums_twice_a_layer_in_each_direction(stream):
   print(kind, count, moved / residual)
   assert count == 4 * 4 and moved == pytest.approx(4 * 4 * residual, rel=0.01)
   gathers, gathered = sent(step, 'all-gather', 'tensor', inside='slot_0')
-  # Forward two; backward two of gradients, and two of what entered, for the weights' gradients, where JAX 0.12 keeps
-  # what it had.
-  assert gathers in ((4 * 4, 4 * 6) if stream else (0,)) and gathered == pytest.approx(gathers * residual, rel=0.01)
+  # Forward two; backward two of gradients, and two of what entered, for the weights' gradients, which later ones
+  # than JAX 0.10 keep.
+  expected = 4 * (6 if jax.__version__.startswith('0.10.') else 4) if stream else 0
+  assert (gathers, gathered) == (expected, pytest.approx(expected * residual, rel=0.01))
 
 
 def test_a_ring_passes_a_block_on_while_it_is_used():
