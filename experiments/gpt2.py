@@ -18,7 +18,7 @@ def get_config(arg=None):
   arg = base.parse_arg(arg, size=base.one_of('124m', gpt2.SIZES), laptop=False, smoke=False)
   config = base.default()
   config.model.update(gpt2.SIZES[arg.size])
-  config.model.remat = 'none' if arg.size == 'nano' else 'full'
+  config.model.remat = 'dots' if arg.size == 'nano' else 'full'
   config.update(seq_len=config.model.max_length, steps=19_000, batch_size=512)
   config.objective.name = 'causal'
   config.data.update(source='jsonl', tokenizer='bpe', vocab_size=gpt2.VOCAB_SIZE)

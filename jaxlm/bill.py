@@ -89,7 +89,7 @@ def read(step: Step, config: Any, hardware_name: str, sizes: Mapping[str, int],
   model_flops = cost.flops_per_row(model.config, parts.lengths) * config.batch_size
 
   # The mask's part of attention, apart from what a kernel does beside it. Recomputed: forward once more.
-  again = 0 if model.config.remat == 'none' else 1
+  again = 0 if model.config.remat in ('none', 'dots') else 1
   masked = cost.scores_per_row(model.config, parts.lengths) * config.batch_size * (3 + again)
   dots = program.dots()
   of_kernel = [dot for dot in dots if f'/{SCOPE}/' in dot.source or not dot.counted]
@@ -312,12 +312,7 @@ def _flops(dots: Sequence[Dot]) -> float:
 
 def _traffic(program: Program, dtype: str) -> float:
   """Bytes that a step reads and writes beside its products' own: results of everything that is no product, twice."""
-  share = 1.0 if dtype == 'float32' else 0.5
-  total = 0.0
-  for computation, x, times, _ in program.walk():
-    if computation not in program.fused and x.opcode in ('fusion', 'reduce', 'copy', 'transpose', 'dot', 'concatenate'):
-      total += 2 * share * x.bytes * times
-  return total
+  return 2 * program.written() * (1.0 if dtype == 'float32' else 0.5)
 
 
 # ---- answering ---------------------------------------------------------------------------------------------------

@@ -16,6 +16,9 @@ COLLECTIVES = ('all-gather', 'all-reduce', 'reduce-scatter', 'all-to-all', 'coll
 # Opcodes whose result is their operand, put differently.
 _SAME = frozenset(('bitcast', 'copy', 'reshape', 'transpose', 'convert'))
 
+# Opcodes whose result is written down, where they are not part of a fusion.
+_WRITING = frozenset(('fusion', 'reduce', 'copy', 'transpose', 'dot', 'concatenate', 'dynamic-update-slice'))
+
 _COMPUTATION = re.compile(r'^(ENTRY )?%?([\w.\-]+) .*\{$')
 _INSTRUCTION = re.compile(r'^\s+(ROOT )?%?([\w.\-]+) = (\(.*?\)|[a-z]\w*\[[\d,]*\](?:\{[^}]*\})?) ([\w\-]+)\((.*)$')
 _SHAPE = re.compile(r'([a-z]\w*)\[([\d,]*)\]')
@@ -168,6 +171,26 @@ class Program:
     """Computations inside fusions, whose values never exist in memory."""
     return {name for instructions in self.computations.values() for x in instructions.values()
             if x.opcode == 'fusion' for name in self.called(x)}
+
+  def written(self) -> float:
+    """Bytes of all results that are memory's: of an update in place, those that are new."""
+    total = 0.0
+    for computation, x, times, _ in self.walk():
+      if computation not in self.fused and x.opcode in _WRITING:
+        total += times * self._new(computation, x)
+    return total
+
+  def _new(self, computation: str, x: Instruction) -> float:
+    """Bytes that an instruction writes."""
+    if x.opcode == 'fusion':
+      inside = self.called(x)[0]
+      root = self.computations[inside][self._root[inside]]
+      while root.opcode in _SAME and root.operands:
+        root = self.computations[inside][root.operands[0]]
+      return self._new(inside, root) if root.opcode == 'dynamic-update-slice' else x.bytes
+    if x.opcode == 'dynamic-update-slice':
+      return self.computations[computation][x.operands[1]].bytes
+    return x.bytes
 
   def dots(self) -> list[Dot]:
     """Every matrix product."""

@@ -3,6 +3,7 @@ import dataclasses
 import functools
 from typing import Any
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +12,7 @@ import optax
 from jaxlm.models.layers import example_keys, softcap
 from jaxlm.models.transformer import Transformer
 from jaxlm.sharding import Layout
+from jaxlm.sums import over_lead
 from jaxlm.types import Array, Tree
 
 Sums = dict[str, tuple[Array, Array]]  # name: (sum, count)
@@ -58,29 +60,52 @@ def _real(vocabulary: Vocabulary, logits_BTV: Array) -> Array:
   return jnp.arange(logits_BTV.shape[-1]) < vocabulary.size
 
 
-def _token_losses(vocabulary: Vocabulary, logits_BTV: Array, targets_BT: Array) -> tuple[Array, Array, Array, Array]:
-  """(loss, nll, correct, log Z) of each target."""
-  log_z_BT = jax.nn.logsumexp(logits_BTV, axis=-1)
+@flax.struct.dataclass
+class _Likelihoods:
+  """Of logits: what their softmax is made of, each formed once.
+
+  Attributes:
+    weights_BTV: exp(logits - top).
+    top_BT: the largest logit.
+    total_BT: of the weights.
+    log_z_BT: log sum exp of the logits.
+  """
+  weights_BTV: Array
+  top_BT: Array
+  total_BT: Array
+  log_z_BT: Array
+
+
+def _likelihoods(logits_BTV: Array) -> _Likelihoods:
+  top_BT = logits_BTV.max(-1)
+  weights_BTV = jnp.exp(logits_BTV - top_BT[..., None])
+  total_BT = weights_BTV.sum(-1)
+  return _Likelihoods(weights_BTV, top_BT, total_BT, top_BT + jnp.log(total_BT))
+
+
+def _token_losses(vocabulary: Vocabulary, logits_BTV: Array, likely: _Likelihoods,
+                  targets_BT: Array) -> tuple[Array, Array, Array]:
+  """(loss, nll, correct) of each target."""
   target_BT = jnp.take_along_axis(logits_BTV, targets_BT[..., None], axis=-1)[..., 0]
-  nll_BT = log_z_BT - target_BT
+  nll_BT = likely.log_z_BT - target_BT
   loss_BT = nll_BT
   if vocabulary.smoothing:
     # Not a slice: of a vocabulary that is split over devices it would be moved.
     mean_BT = jnp.where(_real(vocabulary, logits_BTV), logits_BTV, 0).sum(-1) / vocabulary.size
-    loss_BT = (1 - vocabulary.smoothing) * nll_BT + vocabulary.smoothing * (log_z_BT - mean_BT)
+    loss_BT = (1 - vocabulary.smoothing) * nll_BT + vocabulary.smoothing * (likely.log_z_BT - mean_BT)
   if vocabulary.z_loss:
-    loss_BT = loss_BT + vocabulary.z_loss * jnp.square(log_z_BT)
-  # Not argmax: on a CPU it took 20 ms for 16 × 256 × 2,048 where the maximum, needed for log Z anyway, took 6.
-  correct_BT = (target_BT >= logits_BTV.max(-1)).astype(jnp.float32)
-  return loss_BT, nll_BT, correct_BT, log_z_BT
+    loss_BT = loss_BT + vocabulary.z_loss * jnp.square(likely.log_z_BT)
+  # Not argmax: on a CPU it took 20 ms for 16 × 256 × 2,048 where the maximum, which is there anyway, took 6.
+  correct_BT = (target_BT >= likely.top_BT).astype(jnp.float32)
+  return loss_BT, nll_BT, correct_BT
 
 
-def _logit_gradient(vocabulary: Vocabulary, logits_BTV: Array, targets_BT: Array, log_z_BT: Array,
+def _logit_gradient(vocabulary: Vocabulary, logits_BTV: Array, likely: _Likelihoods, targets_BT: Array,
                     weights_BT: Array) -> Array:
   """The gradient of the weighted loss by the logits before the soft cap."""
-  probs_BTV = jnp.exp(logits_BTV - log_z_BT[..., None])
+  of_all_BT = (1 + 2 * vocabulary.z_loss * likely.log_z_BT) / likely.total_BT
   hot_BTV = jnp.arange(logits_BTV.shape[-1]) == targets_BT[..., None]
-  grad_BTV = probs_BTV * (1 + 2 * vocabulary.z_loss * log_z_BT)[..., None] - (1 - vocabulary.smoothing) * hot_BTV
+  grad_BTV = likely.weights_BTV * of_all_BT[..., None] - (1 - vocabulary.smoothing) * hot_BTV
   if vocabulary.smoothing:
     grad_BTV -= jnp.where(_real(vocabulary, logits_BTV), vocabulary.smoothing / vocabulary.size, 0)
   if vocabulary.softcap:
@@ -116,8 +141,8 @@ def token_losses(vocabulary: Vocabulary, hidden_BTD: Array, w_VD: Array, b_V: Ar
   w_VD = _matrix(vocabulary, w_VD, hidden_BTD.dtype)
   def piece(carry, inputs):
     hidden_BTD, targets_BT, _ = inputs
-    _, nll_BT, correct_BT, _ = _token_losses(vocabulary, _logits(vocabulary, hidden_BTD, w_VD, b_V), targets_BT)
-    return carry, (nll_BT, correct_BT)
+    logits_BTV = _logits(vocabulary, hidden_BTD, w_VD, b_V)
+    return carry, _token_losses(vocabulary, logits_BTV, _likelihoods(logits_BTV), targets_BT)[1:]
   return _by_chunk(vocabulary, piece, (), hidden_BTD, targets_BT, jnp.ones(targets_BT.shape, jnp.float32))[1]
 
 
@@ -147,7 +172,8 @@ def _forward(vocabulary, hidden_BTD, w_VD, b_V, targets_BT, weights_BT):
   w_VD = _matrix(vocabulary, w_VD, hidden_BTD.dtype)
   def piece(carry, inputs):
     hidden_BTD, targets_BT, _ = inputs
-    loss_BT, nll_BT, correct_BT, _ = _token_losses(vocabulary, _logits(vocabulary, hidden_BTD, w_VD, b_V), targets_BT)
+    logits_BTV = _logits(vocabulary, hidden_BTD, w_VD, b_V)
+    loss_BT, nll_BT, correct_BT = _token_losses(vocabulary, logits_BTV, _likelihoods(logits_BTV), targets_BT)
     return carry, (nll_BT, correct_BT, loss_BT)
   return _by_chunk(vocabulary, piece, (), hidden_BTD, targets_BT, weights_BT)
 
@@ -163,18 +189,24 @@ def _cross_entropy_forward(vocabulary, hidden_BTD, w_VD, b_V, targets_BT, weight
   # sums are added once, not after every piece.
   layout, parts = vocabulary.layout, vocabulary.layout.batch_parts
   by_part = lambda x: x.reshape(parts, -1, *x.shape[1:])
+  # One dim of rows, where devices split no other: XLA on a CPU turns round what is summed over two.
+  rows_of = lambda x: by_part(x) if layout.axes('act_length') else x.reshape(parts, -1, x.shape[-1])
+  over_rows = jax.vmap(lambda x, y: over_lead(x, y, y.ndim - 1))
   matrix_VD = _matrix(vocabulary, w_VD, hidden_BTD.dtype)
 
   def piece(carry, inputs):
     (dw_PVD, db_PV), (hidden_BTD, targets_BT, weights_BT) = carry, inputs
     dtype = hidden_BTD.dtype
     logits_BTV = _logits(vocabulary, hidden_BTD, matrix_VD, b_V)
-    loss_BT, nll_BT, correct_BT, log_z_BT = _token_losses(vocabulary, logits_BTV, targets_BT)
-    grad_BTV = _logit_gradient(vocabulary, logits_BTV, targets_BT, log_z_BT, weights_BT)
-    db_PV = None if b_V is None else layout.constrain(db_PV + by_part(grad_BTV).sum((1, 2)), 'act_batch', 'act_vocab')
+    likely = _likelihoods(logits_BTV)
+    loss_BT, nll_BT, correct_BT = _token_losses(vocabulary, logits_BTV, likely, targets_BT)
+    grad_BTV = _logit_gradient(vocabulary, logits_BTV, likely, targets_BT, weights_BT)
+    if b_V is not None:
+      more_PV = over_rows(jnp.ones(rows_of(grad_BTV).shape[:-1], jnp.float32), rows_of(grad_BTV))
+      db_PV = layout.constrain(db_PV + more_PV, 'act_batch', 'act_vocab')
     grad_BTV = grad_BTV.astype(dtype)
     dh_BTD = jnp.einsum('BTV,VD->BTD', grad_BTV, matrix_VD)
-    dw_PVD += jnp.einsum('PBTV,PBTD->PVD', by_part(grad_BTV), by_part(hidden_BTD), preferred_element_type=jnp.float32)
+    dw_PVD += over_rows(rows_of(grad_BTV), rows_of(hidden_BTD))
     return (layout.constrain(dw_PVD, 'act_batch', 'act_vocab', None), db_PV), (nll_BT, correct_BT, loss_BT, dh_BTD)
 
   zeros = jax.tree.map(lambda x: jnp.zeros((parts, *x.shape), jnp.float32), (w_VD, b_V))

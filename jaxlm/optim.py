@@ -8,7 +8,8 @@ import optax
 
 from jaxlm import trees
 from jaxlm.lookup import lookup
-from jaxlm.types import Tree
+from jaxlm.sums import over_lead
+from jaxlm.types import Array, Tree
 
 Axes = Mapping[str, tuple[str | None, ...]]
 
@@ -165,6 +166,20 @@ def over_layers(tx: optax.GradientTransformation, axes: Axes,
   return optax.GradientTransformation(init, update)
 
 
+def global_norm(tree: Tree) -> Array:
+  """float32: of all arrays together. A product of each with itself: XLA on a CPU would write squares down to sum them."""
+  return jnp.sqrt(sum(over_lead(x, x) for x in jax.tree.leaves(tree)))
+
+
+def _clipped(most: float) -> optax.GradientTransformationExtraArgs:
+  """`optax.clip_by_global_norm`, given the norm where it is known: `update(…, norm=…)`. (Pascanu et al. 2013)"""
+  def update(updates, state, params=None, *, norm=None, **_):
+    del params
+    factor = jnp.minimum(1.0, most / (global_norm(updates) if norm is None else norm))
+    return jax.tree.map(lambda u: u * factor.astype(u.dtype), updates), state
+  return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
+
+
 def make(optim: Any, axes: Axes, layers: Mapping[str, int] | None = None) -> optax.GradientTransformation:
   """The optimizer of a config: clip, direction, decay, rate by rules, schedule.
 
@@ -172,6 +187,8 @@ def make(optim: Any, axes: Axes, layers: Mapping[str, int] | None = None) -> opt
     optim: the `optim` part of a config.
     axes: logical axes of each trainable parameter, by path; 'layers' first marks stacked ones.
     layers: as in `over_layers`.
+  Returns:
+    A transformation whose `update` may be given `norm`, the global norm of the gradients.
   """
   decay = optax.identity()
   if optim.weight_decay:
@@ -184,5 +201,5 @@ def make(optim: Any, axes: Axes, layers: Mapping[str, int] | None = None) -> opt
     parts.append(_by_rules(rates, lambda times, mask: optax.masked(optax.scale(times), mask)))
   parts.append(optax.scale_by_learning_rate(schedule(optim)))
   if optim.clip_norm:
-    parts.insert(0, optax.clip_by_global_norm(optim.clip_norm))
-  return optax.chain(*parts)
+    parts.insert(0, _clipped(optim.clip_norm))
+  return optax.with_extra_args_support(optax.chain(*parts))

@@ -50,6 +50,28 @@ def losses(workdir: str, axes: Any = None) -> Any:
   return axes
 
 
+
+def ratios(bars: Sequence[tuple[str, float, tuple[float, float]]], axes: Any = None) -> Any:
+  """How many times as fast one side of each comparison is: a bar each, with its spread, and a line where both are equal.
+
+  Args:
+    bars: (name, median, (least, most)).
+    axes: matplotlib's, or None for a new figure.
+  Returns:
+    The axes.
+  """
+  axes = _axes(axes, 7, 0.6 + 0.5 * len(bars))
+  names, medians, spreads = zip(*bars)
+  errors = np.abs(np.array(spreads).T - np.array(medians))
+  axes.barh(range(len(bars)), medians, xerr=errors, height=0.6, ecolor='0.3', capsize=2)
+  axes.axvline(1.0, color='0.3', linewidth=1)
+  axes.set_yticks(range(len(bars)), names)
+  axes.invert_yaxis()
+  axes.set(xlabel='times as fast')
+  axes.spines[['top', 'right']].set_visible(False)
+  return axes
+
+
 def attention(probs_TS: Any, pieces: Sequence[str], axes: Any = None, title: str = '') -> Any:
   """One head's attention: a row a query, a column a key.
 

@@ -12,9 +12,10 @@ import traceback
 from typing import Callable
 
 from absl import flags
+import jax
 from ml_collections import ConfigDict
 
-from jaxlm import cluster
+from jaxlm import cluster, folders
 from jaxlm import config as config_module
 from jaxlm.lookup import nearest
 from jaxlm.types import JaxlmError, Preempted, RunFailed
@@ -114,7 +115,14 @@ def experiment_name() -> str:
 
 def run(main: Callable[[list[str]], None], argv: list[str] | None = None) -> None:
   """Parses flags, runs `main`, exits; the last line of every program."""
+  _keep_programs()
   cluster.leave(outcome(main, sys.argv if argv is None else argv))
+
+
+def _keep_programs() -> None:
+  """Keeps what XLA compiled in the user's cache folder, where JAX_COMPILATION_CACHE_DIR names no other."""
+  if jax.config.jax_compilation_cache_dir is None:
+    jax.config.update('jax_compilation_cache_dir', str(folders.cache('programs')))
 
 
 def outcome(main: Callable[[list[str]], None], argv: list[str]) -> int:

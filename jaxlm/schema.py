@@ -57,8 +57,8 @@ SCHEMA: dict[str, Any] = dict(
         logit_softcap=Key(0.0, at_least(0.0)),       # logits = c·tanh(logits / c); 0: none
         future_heads=Key(0, between(0, 16)),         # blocks that predict the 2nd, 3rd, … token ahead
         dropout=Key(0.0, fraction()),                # of embeddings and of each branch's output
-        remat=Key('none', name()),                   # what the backward pass recomputes: none full dots names
-        # offload (names, kept in the host's memory)
+        remat=Key('dots', name()),                   # what the backward pass recomputes: dots (all but products with
+        # weights and what attention gives) none full names offload (names, kept in the host's memory)
         remat_names=Key((), texts()),                # of the two last: the checkpoint_name values that are kept
         scan=Key(True, flag()),                      # one compiled layer for all; False: a program a layer
         embedding=dict(

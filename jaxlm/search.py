@@ -25,7 +25,7 @@ def candidates(config: Any, devices: int, near: int) -> Iterator[dict[str, Any]]
           continue
         most = rows // parts
         for microbatches in ([0] if pipe == 1 else sorted({m for m in (pipe, 4 * pipe, most) if m and most % m == 0})):
-          for remat in ('none', 'full'):
+          for remat in ('dots', 'full'):
             yield {'mesh.tensor': tensor, 'mesh.pipe': pipe, 'mesh.fsdp': fsdp, 'mesh.data': data, 'mesh.replica': 1,
                    'mesh.seq': 1, 'mesh.expert': 1, 'pipeline.microbatches': microbatches, 'model.remat': remat}
 
@@ -38,7 +38,7 @@ def guess(config: Any, layout: dict[str, Any], row: hardware.Hardware) -> float:
   tensor, pipe, fsdp, data = (layout[f'mesh.{axis}'] for axis in ('tensor', 'pipe', 'fsdp', 'data'))
   state = params * 16 / (tensor * pipe * fsdp)
   rows = config.batch_size / config.accumulation / (data * fsdp)
-  kept = 2 if layout['model.remat'] == 'full' else 34
+  kept = 2 if layout['model.remat'] == 'full' else 20
   activations = rows * config.seq_len * model.width * kept * model.num_layers / (pipe * tensor)
   if state + activations > row.memory:
     return math.inf

@@ -60,6 +60,16 @@ def make_step(loss_fn: LossFn, shapes: Shapes, config: Any):
                          jax.eval_shape(lambda m: one(None, m)[1], jax.tree.map(lambda x: x[0], micros)))
     return jax.lax.scan(add, zeros, micros)[0]
 
+  def updated(state: TrainState, grads: Tree, share: Array, norm: Array) -> TrainState:
+    # Scaled in here, where it is part of the optimizer's own passes over the gradients.
+    grads = jax.tree.map(lambda g, p: (g * share).astype(p.dtype), grads, state.params)
+    updates, opt_state = shapes.tx.update(grads, state.opt_state, state.params, norm=norm)
+    new = state.replace(params=optax.apply_updates(state.params, updates), opt_state=opt_state)
+    if state.ema is not None:
+      average = lambda mean, p: mean + (1 - config.optim.ema_decay) * (p.astype(jnp.float32) - mean)
+      new = new.replace(ema=jax.tree.map(average, state.ema, new.params))
+    return new
+
   # Between updates what the optimizer keeps may lie in the host's memory.
   near = jax.tree.map(lambda s: s.with_memory_kind('device'), shardings.opt_state)
   fetched = lambda tree, where: jax.device_put(tree, where) if near != shardings.opt_state else tree
@@ -68,18 +78,12 @@ def make_step(loss_fn: LossFn, shapes: Shapes, config: Any):
     state = state.replace(opt_state=fetched(state.opt_state, near))
     rng = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
     grads, sums = accumulated(state.params, frozen, batch, rng)
-    count = jnp.maximum(sums['objective'][1], 1)
-    grads = jax.tree.map(lambda g, p: (g / count).astype(p.dtype), grads, state.params)
-    norm = optax.global_norm(grads)
-    updates, opt_state = shapes.tx.update(grads, state.opt_state, state.params)
-    # Known before the update begins, so that it happens in place: where squares of the gradient can be summed, what an
-    # optimizer makes of them is finite.
+    share = 1 / jnp.maximum(sums['objective'][1], 1)
+    norm = optim.global_norm(grads) * share
+    # Known before the update begins: where squares of the gradient can be summed, what an optimizer makes of them is
+    # finite. A choice between old and new arrays after it would keep copies of the optimizer's.
     finite = jnp.isfinite(norm) & jnp.isfinite(sums['objective'][0])
-    new = state.replace(params=optax.apply_updates(state.params, updates), opt_state=opt_state)
-    if state.ema is not None:
-      average = lambda mean, p: mean + (1 - config.optim.ema_decay) * (p.astype(jnp.float32) - mean)
-      new = new.replace(ema=jax.tree.map(average, state.ema, new.params))
-    new = jax.tree.map(lambda after, before: jnp.where(finite, after, before), new, state)
+    new = jax.lax.cond(finite, updated, lambda state, *_: state, state, grads, share, norm)
     metrics = {f'train/{name}': total / jnp.maximum(n, 1) for name, (total, n) in sums.items()}
     metrics |= {'train/grad_norm': norm, 'train/lr': rate(state.step), 'finite': finite, 'targets': sums['loss'][1]}
     return new.replace(step=state.step + 1, opt_state=fetched(new.opt_state, shardings.opt_state)), metrics

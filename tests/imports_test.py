@@ -11,7 +11,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 
 # A module imports only what stands above it. Families stand among themselves as their imports ask, in no circle.
 ORDER = """
-types lastwords cluster lookup hardware hlo liveness ranges schema config trees sharding
+types lastwords folders cluster lookup hardware hlo liveness ranges schema config trees sums sharding
 rows masking spans orders middles pairs prompts objectives
 data.words data.pieces data.tokenizers data.files data.tables data.tokenfiles data.sources data.shards data.mixtures
 data.store data.exports data.plans data.pipeline
@@ -20,6 +20,7 @@ models.stack models.transformer models.cost
 families.keys families.bijections families.* families.table
 losses optim metrics seal checkpoint rundir sampling weights gguf transfer hf decode lm loading evaluators journal
 state check train lint bill search pictures programs
+speed.shapes speed.ours speed.peers speed.worker speed.machine speed.duel speed.alone
 plan generate main prepare bench convert
 """.split()
 BLIND = {'objectives', 'data', 'models'}  # do not see each other
@@ -58,7 +59,7 @@ def _families() -> list[str]:
 
 
 ORDER[ORDER.index('families.*'):ORDER.index('families.*') + 1] = _families()
-PROGRAMS = ORDER[ORDER.index('programs') + 1:]
+PROGRAMS = ORDER[ORDER.index('plan'):]
 
 
 def package_of(module: str) -> str:

@@ -3,6 +3,7 @@ import errno
 import json
 
 from absl import flags
+import jax
 import pytest
 
 from jaxlm import config as base
@@ -139,3 +140,16 @@ def test_print_config_tells_faults_too(capsys):
   assert programs.outcome(main_module.main, argv) == 2
   assert capsys.readouterr().err == (
       'error: config.model.attention.num_heads must be an integer, at least 1; got 0 (int).\n')
+
+
+def test_programs_are_kept_in_the_users_cache_folder_unless_told_otherwise(tmp_path, monkeypatch):
+  before = jax.config.jax_compilation_cache_dir
+  monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
+  try:
+    programs._keep_programs()
+    assert jax.config.jax_compilation_cache_dir == before  # the tests' own
+    jax.config.update('jax_compilation_cache_dir', None)
+    programs._keep_programs()
+    assert jax.config.jax_compilation_cache_dir == str(tmp_path / 'jaxlm' / 'programs')
+  finally:
+    jax.config.update('jax_compilation_cache_dir', before)

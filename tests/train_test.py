@@ -161,7 +161,7 @@ def test_packed_losses_equal_padded(tiny):
   assert few < many and packed['loss'][1] == padded['loss'][1]
   np.testing.assert_allclose(packed['loss'][0], padded['loss'][0], rtol=RTOL)
   for a, b in zip(jax.tree.leaves(g1), jax.tree.leaves(g2)):
-    np.testing.assert_allclose(a, b, atol=2e-6 * float(jnp.abs(b).max()) + 1e-4)  # sums over 4,000 targets
+    np.testing.assert_allclose(a, b, atol=1e-5 * float(jnp.abs(b).max()) + 1e-4)  # sums over 4,000 targets
 
 
 def poison(monkeypatch, examples):

@@ -18,6 +18,7 @@ from typing import Any, Iterator, NamedTuple, Sequence
 import numpy as np
 from tqdm.auto import tqdm
 
+from jaxlm import folders
 from jaxlm.data import mixtures, sources, tokenizers
 from jaxlm.data.files import PAIR, Document, Source
 from jaxlm.data.shards import BLOCK, DOCUMENT, FORMAT, Store, read_json, write
@@ -211,7 +212,7 @@ def stores_folder(data) -> Path:
   """`config.data.store`, or jaxlm/stores in the user's cache folder."""
   if data.store:
     return Path(data.store).expanduser()
-  return Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache') / 'jaxlm' / 'stores'
+  return folders.cache('stores')
 
 
 def _key(*parts: Any) -> str:

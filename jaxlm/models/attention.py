@@ -155,7 +155,8 @@ class Attention(nn.Module):
     elif config.positions.kind == 'relative':
       q_BTNH, bias = self._relative(q_BTNH, tokens, seen, scale)
     visibility = Visibility(tokens.order, seen.order, tokens.segments, seen.segments, tokens.positions,
-                            seen.positions, window, mode=mode)
+                            seen.positions, window, mode=mode,
+                            in_order=mode == 'causal' and cache is None and context.num_keys is None)
     drop = None
     if keys_B is not None and attention.dropout:
       drop = lambda probs: dropout(probs, attention.dropout, keys_B, CROSS_SITE if self.cross else ATTENTION_SITE)

@@ -7,7 +7,7 @@ A kernel either equals `dense` or raises `UnsupportedAttention`; it never quietl
 """
 import dataclasses
 import functools
-from typing import Any, Callable
+from typing import Any, Callable, Iterator
 
 import flax.struct
 import jax
@@ -36,6 +36,7 @@ class Visibility:
     window: tokens seen back, the query itself included; two-sided where mode is 'full'. Python int, int32 scalar
       (traced, so that layers scan over it) or None; None or at least `NO_WINDOW` is no limit.
     mode: 'full' (everything of the segment: order is not read), 'causal' (order agrees with time) or 'order'.
+    in_order: queries and keys are the same columns, and none sees a later one: a kernel need not look there.
   """
   order_q_BT: Array
   order_k_BS: Array
@@ -45,6 +46,7 @@ class Visibility:
   position_k_BS: Array
   window: Array | int | None = None
   mode: str = flax.struct.field(pytree_node=False, default='causal')
+  in_order: bool = flax.struct.field(pytree_node=False, default=False)
 
 
 @flax.struct.dataclass
@@ -138,25 +140,26 @@ def dense(q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, visibility: Visibility, *
     [B, T, N, H of v] in q's dtype.
   """
   del block
+  score = Score(scale, softcap, bias.fn if bias else None)
+  if dropout is None:
+    pieces = min(MOST_PIECES, q_BTNH.shape[1] // PIECE) if visibility.in_order and not (bias and bias.whole) else 1
+    return around(functools.partial(whole, score, max(pieces, 1)), q_BTNH, k_BSKH, v_BSKH, visibility, bias, sink_N)
   K, N, T = k_BSKH.shape[2], *q_BTNH.shape[2:0:-1]
   q_BKXH, k_BKSH, v_BKSH = (rows_of(x, K) for x in (q_BTNH, k_BSKH, v_BSKH))
-  score = Score(scale, softcap, bias.fn if bias else None)
   score_BKXS = score(multiply('BKXH,BKSH->BKXS', q_BKXH, k_BKSH), bias.params if bias else None, visibility)
-  # The shift leaves the result as it is, so it needs no gradient; dividing the output, not the scores, saves a pass.
-  top_BKX1 = jax.lax.stop_gradient(score_BKXS.max(-1, keepdims=True))
-  weight_BKXS = jnp.exp(score_BKXS - top_BKX1)
-  total_BKX1 = weight_BKXS.sum(-1, keepdims=True)
-  kept_BKX1 = 1.0
+  prob_BNTS = jax.nn.softmax(score_BKXS).reshape(-1, N, T, k_BSKH.shape[1])
   if sink_N is not None:
-    sink_1KX1 = jnp.repeat(sink_N.astype(jnp.float32), T).reshape(1, K, -1, 1)
-    # Of what keys and sink take together, in float32 without overflow: the keys' part is a sigmoid. It multiplies:
-    # dividing the sum by one that is nearly 0 gives gradients that are not finite.
-    kept_BKX1 = jax.nn.sigmoid(top_BKX1 + jnp.log(total_BKX1) - sink_1KX1)
-  if dropout is not None:
-    weight_BNTS = (weight_BKXS / total_BKX1 * kept_BKX1).reshape(-1, N, T, k_BSKH.shape[1])
-    weight_BKXS, total_BKX1, kept_BKX1 = dropout(weight_BNTS).reshape(weight_BKXS.shape), 1.0, 1.0
-  out_BKXH = multiply('BKXS,BKSH->BKXH', weight_BKXS.astype(v_BKSH.dtype), v_BKSH) / total_BKX1 * kept_BKX1
-  return tokens_of(jnp.where(top_BKX1 > MASKED, out_BKXH, 0).astype(q_BTNH.dtype), N)
+    lse_BNT1 = jax.nn.logsumexp(score_BKXS, axis=-1).reshape(-1, N, T, 1)
+    prob_BNTS *= of_keys(lse_BNT1, sink_N.astype(jnp.float32)[:, None, None])
+  prob_BKXS = dropout(prob_BNTS).reshape(score_BKXS.shape).astype(v_BKSH.dtype)
+  out_BKXH = multiply('BKXS,BKSH->BKXH', prob_BKXS, v_BKSH)
+  sees_BKX1 = jax.lax.stop_gradient(score_BKXS).max(-1, keepdims=True) > MASKED
+  return tokens_of(jnp.where(sees_BKX1, out_BKXH, 0).astype(q_BTNH.dtype), N)
+
+
+def of_keys(lse: Array, sink: Array) -> Array:
+  """What keys take where keys and a sink together take 1: log sum exp of scores against the sink's score."""
+  return jax.nn.sigmoid(lse - sink)
 
 
 def blockwise(q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, visibility: Visibility, *, scale: float,
@@ -189,6 +192,12 @@ def by_blocks(run: Callable[..., tuple[Array, Array]], name: str, q_BTNH: Array,
   if bias is not None and bias.whole:
     raise UnsupportedAttention(f'Attention kernel {name} cannot add scores that depend on the query; '
                                'set config.model.attention.kernel=dense.')
+  return around(run, q_BTNH, k_BSKH, v_BSKH, visibility, bias, sink_N)
+
+
+def around(run: Callable[..., tuple[Array, Array]], q_BTNH: Array, k_BSKH: Array, v_BSKH: Array,
+           visibility: Visibility, bias: Bias | None, sink_N: Array | None) -> Array:
+  """What surrounds `whole` and `flash` and their like, `run`: arrays of full batch size, the sink."""
   batch = q_BTNH.shape[0]
   arrays = {name: jnp.broadcast_to(getattr(visibility, name), (batch, getattr(visibility, name).shape[1]))
             for name in QUERY_SIDE + KEY_SIDE}
@@ -197,13 +206,107 @@ def by_blocks(run: Callable[..., tuple[Array, Array]], name: str, q_BTNH: Array,
                            visibility.replace(window=window, **arrays))
   if sink_N is None:
     return out_BTNH
-  return (out_BTNH * jax.nn.sigmoid(lse_BTN1 - sink_N.astype(jnp.float32)[:, None])).astype(out_BTNH.dtype)
+  return (out_BTNH * of_keys(lse_BTN1, sink_N.astype(jnp.float32)[:, None])).astype(out_BTNH.dtype)
 
-
-# ---- what blockwise is made of: i numbers blocks of queries, j blocks of keys -------------------------------------
 
 QUERY_SIDE = ('order_q_BT', 'segment_q_BT', 'position_q_BT')
 KEY_SIDE = ('order_k_BS', 'segment_k_BS', 'position_k_BS')
+
+
+def encounter(score: Score, bias_params: Tree, between: Visibility, q_BKXH: Array, k_BKSH: Array, v_BKSH: Array,
+              top_BKX1: Array | float = MASKED) -> tuple[Array, Array, Array]:
+  """(the weighted sum of values, the top score, the sum of weights) of queries that meet keys; float32.
+
+  Args:
+    between: integers of these queries and keys.
+    top_BKX1: the top score of the keys met before.
+  """
+  score_BKXS = score(multiply('BKXH,BKSH->BKXS', q_BKXH, k_BKSH), bias_params, between)
+  top_BKX1 = jnp.maximum(top_BKX1, score_BKXS.max(-1, keepdims=True))
+  weight_BKXS = jnp.exp(score_BKXS - top_BKX1)
+  return (multiply('BKXS,BKSH->BKXH', weight_BKXS.astype(v_BKSH.dtype), v_BKSH), top_BKX1,
+          weight_BKXS.sum(-1, keepdims=True))
+
+
+def encounter_again(score: Score, bias_params: Tree, between: Visibility, queries: tuple[Array, Array, Array, Array],
+                    k_BKSH: Array, v_BKSH: Array) -> tuple[Array, Tree, Array, Array]:
+  """Gradients of queries, bias, keys and values, float32.
+
+  Args:
+    queries: q [B, K, X, H], the two of `from_above`, log sum exp.
+  """
+  q_BKXH, grad_BKXH, mean_BKX1, lse_BKX1 = queries
+  score_BKXS, pull = jax.vjp(lambda dot_BKXS, params: score(dot_BKXS, params, between),
+                             multiply('BKXH,BKSH->BKXS', q_BKXH, k_BKSH), bias_params)
+  prob_BKXS = jnp.exp(score_BKXS - lse_BKX1)
+  dprob_BKXS = multiply('BKXH,BKSH->BKXS', grad_BKXH, v_BKSH)
+  ddot_BKXS, dparams = pull(prob_BKXS * (dprob_BKXS - mean_BKX1))
+  ddot_BKXS = ddot_BKXS.astype(k_BKSH.dtype)
+  return (multiply('BKXS,BKSH->BKXH', ddot_BKXS, k_BKSH), dparams, multiply('BKXS,BKXH->BKSH', ddot_BKXS, q_BKXH),
+          multiply('BKXS,BKXH->BKSH', prob_BKXS.astype(grad_BKXH.dtype), grad_BKXH))
+
+
+# Of queries that meet only the keys up to them. Fewer columns make products of matrices that libraries multiply slower,
+# more pieces longer programs.
+PIECE, MOST_PIECES = 64, 4
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def whole(score, pieces, q_BTNH, k_BSKH, v_BSKH, bias_params, visibility):
+  """What `flash` returns, with all scores of a query at once. Scores are not kept, but formed again.
+
+  Args:
+    pieces: into how many the queries are cut, each of which meets the keys in columns up to its last.
+  """
+  return whole_forward(score, pieces, q_BTNH, k_BSKH, v_BSKH, bias_params, visibility)[0]
+
+
+def _pieces(pieces: int, visibility: Visibility) -> Iterator[tuple[slice, slice, Visibility]]:
+  """(columns of the queries, of the keys, their integers) of each piece."""
+  T, S = visibility.order_q_BT.shape[1], visibility.order_k_BS.shape[1]
+  for i in range(pieces):
+    queries, keys = slice(i * T // pieces, (i + 1) * T // pieces), slice(0, (i + 1) * S // pieces)
+    yield queries, keys, visibility.replace(
+        **{name: getattr(visibility, name)[:, columns] for side, columns in ((QUERY_SIDE, queries), (KEY_SIDE, keys))
+           for name in side})
+
+
+def whole_forward(score, pieces, q_BTNH, k_BSKH, v_BSKH, bias_params, visibility):
+  rows = lambda x: rows_of(x, k_BSKH.shape[2])
+  k_BKSH, v_BKSH, outs, lses = rows(k_BSKH), rows(v_BSKH), [], []
+  for queries, keys, between in _pieces(pieces, visibility):
+    sums = encounter(score, bias_params, between, rows(q_BTNH[:, queries]), k_BKSH[:, :, keys], v_BKSH[:, :, keys])
+    out_BKXH, lse_BKX1 = settled(sums)
+    outs.append(tokens_of(out_BKXH.astype(q_BTNH.dtype), q_BTNH.shape[2]))
+    lses.append(tokens_of(lse_BKX1, q_BTNH.shape[2]))
+  out_BTNH = checkpoint_name(jnp.concatenate(outs, axis=1), 'attention_out')
+  lse_BTN1 = checkpoint_name(jnp.concatenate(lses, axis=1), 'attention_lse')
+  return (out_BTNH, lse_BTN1), (q_BTNH, k_BSKH, v_BSKH, bias_params, visibility, out_BTNH, lse_BTN1)
+
+
+def whole_backward(score, pieces, saved, grads):
+  q_BTNH, k_BSKH, v_BSKH, bias_params, visibility, out_BTNH, lse_BTN1 = saved
+  rows = lambda x: rows_of(x, k_BSKH.shape[2])
+  k_BKSH, v_BKSH = rows(k_BSKH), rows(v_BSKH)
+  of_queries, dq, total = (q_BTNH, *from_above(out_BTNH, *grads), lse_BTN1), [], None
+  for queries, keys, between in _pieces(pieces, visibility):
+    dq_BKXH, *others = encounter_again(score, bias_params, between, [rows(x[:, queries]) for x in of_queries],
+                                       k_BKSH[:, :, keys], v_BKSH[:, :, keys])
+    dq.append(tokens_of(dq_BKXH, q_BTNH.shape[2]))
+    later = k_BSKH.shape[1] - keys.stop
+    others[1:] = [jnp.pad(dx_BKSH, ((0, 0), (0, 0), (0, later), (0, 0))) if later else dx_BKSH for dx_BKSH in others[1:]]
+    total = others if total is None else jax.tree.map(jnp.add, total, others)
+  dparams, dk_BKSH, dv_BKSH = total
+  tokens = lambda x_BKSH, like: tokens_of(x_BKSH, like.shape[2]).astype(like.dtype)
+  no_gradient = jax.tree.map(lambda x: np.zeros(x.shape, jax.dtypes.float0), visibility)
+  return (jnp.concatenate(dq, axis=1).astype(q_BTNH.dtype), tokens(dk_BKSH, k_BSKH), tokens(dv_BKSH, v_BSKH), dparams,
+          no_gradient)
+
+
+whole.defvjp(whole_forward, whole_backward)
+
+
+# ---- what blockwise is made of: i numbers blocks of queries, j blocks of keys -------------------------------------
 
 
 def cut(x_BT: Array, block: int) -> Array:
@@ -315,14 +418,11 @@ def meet(score: Score, bias_params: Tree, visibility: Visibility, queries: Tree,
     def met(n, sums):
       out_BKXH, top_BKX1, total_BKX1 = sums
       k_BKSH, v_BKSH, side_k = pick(keys, seen_J[n])
-      score_BKXS = score(multiply('BKXH,BKSH->BKXS', q_BKXH, k_BKSH), bias_params,
-                         visibility.replace(**side_q, **side_k))
-      new_top_BKX1 = jnp.maximum(top_BKX1, score_BKXS.max(-1, keepdims=True))
+      more_BKXH, new_top_BKX1, more_BKX1 = encounter(score, bias_params, visibility.replace(**side_q, **side_k), q_BKXH,
+                                                     k_BKSH, v_BKSH, top_BKX1)
       # Until a query has seen its first key its weights are exp(0): this factor is then exactly 0 and forgets them.
       keep_BKX1 = jnp.exp(top_BKX1 - new_top_BKX1)
-      weight_BKXS = jnp.exp(score_BKXS - new_top_BKX1)
-      return (keep_BKX1 * out_BKXH + multiply('BKXS,BKSH->BKXH', weight_BKXS.astype(v_BKSH.dtype), v_BKSH),
-              new_top_BKX1, keep_BKX1 * total_BKX1 + weight_BKXS.sum(-1, keepdims=True))
+      return keep_BKX1 * out_BKXH + more_BKXH, new_top_BKX1, keep_BKX1 * total_BKX1 + more_BKX1
 
     sums = no_sums(q_BKXH, v_JBKSH.shape[-1]) if sums is None else sums
     return None, jax.lax.fori_loop(0, num, met, sums)
@@ -337,14 +437,19 @@ def no_sums(q: Array, value_dim: int) -> tuple[Array, Array, Array]:
   return jnp.broadcast_to(zero, (*q.shape[:-1], value_dim)), zero + MASKED, zero
 
 
+def settled(sums: tuple[Array, Array, Array]) -> tuple[Array, Array]:
+  """(the mean of values, log sum exp of scores; both 0 where nothing is seen), float32, of `encounter`'s sums."""
+  out, top, total = sums
+  sees = top > MASKED
+  total = jnp.where(sees, total, 1)
+  return jnp.where(sees, out / total, 0), jnp.where(sees, top + jnp.log(total), 0)
+
+
 def settle(sums_I: tuple[Array, Array, Array], q_BTNH: Array) -> tuple[Array, Array, Array]:
   """(out [B, T, N, H]; log sum exp of scores, in blocks and [B, T, N, 1], 0 where nothing is seen)."""
-  out_IBKXH, top_IBKX1, total_IBKX1 = sums_I
-  sees_IBKX1 = top_IBKX1 > MASKED
-  total_IBKX1 = jnp.where(sees_IBKX1, total_IBKX1, 1)
-  out_IBKXH = jnp.where(sees_IBKX1, out_IBKXH / total_IBKX1, 0).astype(q_BTNH.dtype)
-  lse_IBKX1 = checkpoint_name(jnp.where(sees_IBKX1, top_IBKX1 + jnp.log(total_IBKX1), 0), 'attention_lse')
-  out_BTNH = checkpoint_name(join_heads(out_IBKXH, *q_BTNH.shape[1:3]), 'attention_out')
+  out_IBKXH, lse_IBKX1 = settled(sums_I)
+  lse_IBKX1 = checkpoint_name(lse_IBKX1, 'attention_lse')
+  out_BTNH = checkpoint_name(join_heads(out_IBKXH.astype(q_BTNH.dtype), *q_BTNH.shape[1:3]), 'attention_out')
   return out_BTNH, lse_IBKX1, join_heads(lse_IBKX1, *q_BTNH.shape[1:3])
 
 
@@ -382,18 +487,9 @@ def meet_again(score: Score, bias_params: Tree, visibility: Visibility, queries:
     def met(n, sums):
       dq_IBKXH, dparams, dk_BKSH, dv_BKSH = sums
       i = seen_by_I[n]
-      q_BKXH, grad_BKXH, mean_BKX1, lse_BKX1, side_q = pick(queries, i)
-      between = visibility.replace(**side_q, **side_k)
-      score_BKXS, pull = jax.vjp(lambda dot_BKXS, params: score(dot_BKXS, params, between),
-                                 multiply('BKXH,BKSH->BKXS', q_BKXH, k_BKSH), bias_params)
-      prob_BKXS = jnp.exp(score_BKXS - lse_BKX1)
-      dprob_BKXS = multiply('BKXH,BKSH->BKXS', grad_BKXH, v_BKSH)
-      ddot_BKXS, dparams_here = pull(prob_BKXS * (dprob_BKXS - mean_BKX1))
-      ddot_BKXS = ddot_BKXS.astype(k_BKSH.dtype)
-      return (dq_IBKXH.at[i].add(multiply('BKXS,BKSH->BKXH', ddot_BKXS, k_BKSH)),
-              jax.tree.map(jnp.add, dparams, dparams_here),
-              dk_BKSH + multiply('BKXS,BKXH->BKSH', ddot_BKXS, q_BKXH),
-              dv_BKSH + multiply('BKXS,BKXH->BKSH', prob_BKXS.astype(grad_BKXH.dtype), grad_BKXH))
+      *of_query, side_q = pick(queries, i)
+      here = encounter_again(score, bias_params, visibility.replace(**side_q, **side_k), of_query, k_BKSH, v_BKSH)
+      return dq_IBKXH.at[i].add(here[0]), *jax.tree.map(jnp.add, (dparams, dk_BKSH, dv_BKSH), here[1:])
 
     *carry, dk_BKSH, dv_BKSH = jax.lax.fori_loop(0, num, met, (*carry, zeros_like(k_BKSH), zeros_like(v_BKSH)))
     return tuple(carry), (dk_BKSH, dv_BKSH)

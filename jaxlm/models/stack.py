@@ -27,7 +27,9 @@ BRANCH_SITES = {'attention': 2, 'cross': 3, 'mlp': 4}
 REMAT = {
     'none': None,
     'full': lambda names: jax.checkpoint_policies.nothing_saveable,
-    'dots': lambda names: jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    'dots': lambda names: jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        jax.checkpoint_policies.save_only_these_names('attention_out', 'attention_lse')),
     'names': lambda names: jax.checkpoint_policies.save_only_these_names(*names),
     'offload': lambda names: jax.checkpoint_policies.save_and_offload_only_these_names(
         names_which_can_be_saved=[], names_which_can_be_offloaded=list(names), offload_src='device',
@@ -142,7 +144,7 @@ class Period(nn.Module):
   @nn.compact
   def __call__(self, x_BTD: Array, context: Context, layers: Array, windows: Array | None,
                caches: list[BlockCache | None]) -> tuple[Array, tuple[list[BlockCache | None], Aux]]:
-    block, new, total = _block_class(self.config, scanned=True), [], {}
+    block, new, total = _block_class(self.config, scanned=True, cached=caches[0] is not None), [], {}
     for slot, kind in enumerate(self.kinds):
       window = None if windows is None else windows[slot]
       x_BTD, cache, aux = block(self.config, self.layout, kind, name=f'slot_{slot}')(
@@ -158,8 +160,9 @@ def add(total: Aux, aux: Aux) -> Aux:
           for name in total | aux}
 
 
-def _block_class(config: ModelConfig, scanned: bool):
-  policy = lookup(REMAT, config.remat, 'remat policy')
+def _block_class(config: ModelConfig, scanned: bool, cached: bool):
+  """Block, with what its backward pass computes again; with a cache there is none."""
+  policy = None if cached else lookup(REMAT, config.remat, 'remat policy')
   # prevent_cse guards against a merge that cannot happen inside scan, and costs.
   return Block if policy is None else nn.remat(Block, policy=policy(config.remat_names), prevent_cse=not scanned)
 
@@ -178,7 +181,7 @@ class Stack(nn.Module):
                cache: list[BlockCache] | None = None) -> tuple[Array, list[BlockCache] | None, Aux]:
     config, kinds = self.config, self.config.layer_kinds()
     caches = [None] * config.num_layers if cache is None else list(cache)
-    total, block = {}, _block_class(config, scanned=False)
+    total, block = {}, _block_class(config, scanned=False, cached=cache is not None)
 
     def single(x_BTD, total, layer, module):
       x_BTD, caches[layer], aux = module(x_BTD, context, layer, config.window(layer) or None, caches[layer])

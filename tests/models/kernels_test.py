@@ -159,6 +159,21 @@ def test_every_kernel_equals_the_float64_reference_forward_and_backward(case):
     assert_close(got, reference(v, *x, softcap, biased))
 
 
+@pytest.mark.parametrize('pieces', [2, 3, 4])
+@pytest.mark.parametrize('case', ['causal', 'causal, packed, static window', 'causal, traced window'])
+def test_dense_in_pieces_that_see_no_later_column_equals_the_reference(case, pieces, monkeypatch):
+  monkeypatch.setattr(kernels, 'PIECE', T // pieces)
+  monkeypatch.setattr(kernels, 'MOST_PIECES', pieces)
+  v, num_kv_heads, _, _ = CASES[case]
+  x = arrays(v, num_kv_heads)
+  # Softcap and bias, too: what is cut is all that a score depends on.
+  run = lambda in_order: jax.jit(lambda *x: output_and_gradients(
+      kernels.dense, v.replace(in_order=in_order), *x, softcap=3.0, biased=True))
+  multiplied = lambda in_order: str(jax.make_jaxpr(run(in_order))(*x)).count('dot_general')
+  assert multiplied(True) == pieces * multiplied(False)
+  assert_close(run(True)(*x), reference(v, *x, 3.0, True))
+
+
 def test_a_query_that_sees_nothing_returns_zeros_and_no_gradient():
   order, *rest = one_document(CAUSAL, PACKED, RESTART)
   v = Visibility(order - 1, *rest, mode='order')

@@ -4,7 +4,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlm.models.layers import ACTIVATIONS, Dense, Embedding, Mlp, Norm, dropout, example_keys, fold, softcap
+from jaxlm.models.layers import (ACTIVATIONS, Dense, Embedding, Mlp, Norm, dropout, example_keys, fold, normed, product,
+                                 softcap)
 
 
 def _apply(module, params, x):
@@ -29,6 +30,48 @@ def test_norms_compute_in_float32_whatever_comes_in(kind, model_of):
   else:
     want = x / np.sqrt((x ** 2).mean(-1, keepdims=True) + 1e-5) * scale
   np.testing.assert_allclose(np.asarray(y, np.float64), want, atol=2e-2)  # the result has bfloat16's 8 bits
+
+
+@pytest.mark.parametrize('centred', [True, False])
+@pytest.mark.parametrize('dims', [1, 2])
+def test_gradients_of_a_norm_are_those_of_its_formula(centred, dims):
+  rng = np.random.default_rng(0)
+  x, scale, bias = (jnp.asarray(rng.standard_normal(s), jnp.float32) for s in ((2, 3, 4, 8), (4, 8)[2 - dims:],
+                                                                               (4, 8)[2 - dims:]))
+  weight = rng.standard_normal(x.shape)
+  def plain(x, scale, bias):
+    over = tuple(range(-dims, 0))
+    y = x - x.mean(over, keepdims=True) if centred else x
+    return y / jnp.sqrt((y ** 2).mean(over, keepdims=True) + 1e-5) * scale + bias
+  of = lambda f: jax.grad(lambda *args: (f(*args) * weight).sum(), (0, 1, 2))(x, scale, bias)
+  for got, want in zip(of(lambda *args: normed(centred, dims, 1e-5, *args)), of(plain), strict=True):
+    np.testing.assert_allclose(got, want, atol=1e-5)
+
+
+PLAIN = {'gelu': lambda x: jax.nn.gelu(x, approximate=False), 'gelu_tanh': jax.nn.gelu, 'relu': jax.nn.relu,
+         'relu2': lambda x: jax.nn.relu(x) ** 2, 'silu': jax.nn.silu, 'tanh': jnp.tanh}
+
+
+@pytest.mark.parametrize('name', ACTIVATIONS)
+def test_slopes_of_activations_are_those_of_their_formulas_and_keep_the_argument_alone(name):
+  x = jnp.linspace(-4, 4, 101)
+  slope = lambda f: jax.vmap(jax.grad(f))(x)
+  np.testing.assert_allclose(slope(ACTIVATIONS[name]), slope(PLAIN[name]), atol=1e-6)
+  kept = jax.tree.leaves(jax.vjp(ACTIVATIONS[name], x)[1])
+  assert [k.shape for k in kept] == [x.shape] and (kept[0] == x).all()
+
+
+@pytest.mark.parametrize('lead', [(6,), (2, 3)])
+def test_gradients_of_a_product_are_those_of_the_plain_one(lead, model_of):
+  rng = np.random.default_rng(0)
+  x, kernel, bias, weight = (jnp.asarray(rng.standard_normal(s), jnp.float32)
+                             for s in ((*lead, 8), (8, 2, 5), (2, 5), (*lead, 10)))
+  layout, axes = model_of().layout, ('embed', 'heads', 'head_dim')
+  of = lambda f: jax.grad(lambda *args: (f(*args) * weight).sum(), (0, 1, 2))(x, kernel, bias)
+  got = of(lambda *args: product(layout, axes, *args))
+  want = of(lambda x, kernel, bias: x @ kernel.reshape(8, 10) + bias.reshape(10))
+  for a, b in zip(got, want, strict=True):
+    np.testing.assert_allclose(a, b, atol=1e-5)
 
 
 def test_a_constant_row_is_normed_to_the_bias(model_of):
