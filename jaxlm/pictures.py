@@ -50,7 +50,6 @@ def losses(workdir: str, axes: Any = None) -> Any:
   return axes
 
 
-
 def ratios(bars: Sequence[tuple[str, float, tuple[float, float]]], axes: Any = None) -> Any:
   """How many times as fast one side of each comparison is: a bar each, with its spread, and a line where both are equal.
 

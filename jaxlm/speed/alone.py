@@ -3,23 +3,24 @@ import os
 import statistics
 import tempfile
 import time
-from typing import Any, Callable, Iterator
+from typing import Any, Callable, Iterator, Sequence
 
 from jaxlm import config as config_module
 from jaxlm import objectives
+from jaxlm.speed.machine import timed
 
 Line = dict[str, Any]
 
 
-def _timed(fn: Callable[[], Any]) -> float:
-  start = time.perf_counter()
-  fn()
-  return time.perf_counter() - start
+def _spread(name: str, values: Sequence[float], digits: int) -> Line:
+  """The median of a figure, its least and most."""
+  told = {key: round(of(values), digits) for key, of in (('median', statistics.median), ('least', min), ('most', max))}
+  return dict(measure=name, **told, rounds=len(values))
 
 
 def _ratio(name: str, a: Callable[[], Any], b: Callable[[], Any], rounds: int) -> Line:
   """Times a and b in turn; seconds of a over seconds of b."""
-  pairs = [(_timed(a), _timed(b)) for _ in range(rounds)]
+  pairs = [(timed(a), timed(b)) for _ in range(rounds)]
   ratios = [x / y for x, y in pairs]
   return dict(measure=name, ratio=round(statistics.median(ratios), 3), least=round(min(ratios), 3),
               most=round(max(ratios), 3), seconds=[round(statistics.median(s), 4) for s in zip(*pairs)], rounds=rounds)
@@ -119,7 +120,7 @@ def loop(rounds: int) -> Iterator[Line]:
   shares, plain = [], train.make_step
   for _ in range(rounds):
     spans = []
-    def timed(*arguments):
+    def watched(*arguments):
       step_fn = plain(*arguments)
       def step(*inputs):
         start = time.perf_counter()
@@ -127,7 +128,7 @@ def loop(rounds: int) -> Iterator[Line]:
         spans.append((start, time.perf_counter()))
         return outputs
       return step
-    train.make_step = timed
+    train.make_step = watched
     try:
       with tempfile.TemporaryDirectory() as folder:
         train.run(config, folder)
@@ -135,9 +136,7 @@ def loop(rounds: int) -> Iterator[Line]:
       train.make_step = plain
     spans = spans[2:]
     shares.append(1 - sum(end - start for start, end in spans) / (spans[-1][1] - spans[0][0]))
-  yield dict(measure='share of the loop outside the jitted step, saves included',
-             median=round(statistics.median(shares), 4), least=round(min(shares), 4), most=round(max(shares), 4),
-             rounds=rounds)
+  yield _spread('share of the loop outside the jitted step, saves included', shares, 4)
 
 
 def memory(rounds: int) -> Iterator[Line]:
@@ -241,19 +240,19 @@ def checkpoint(rounds: int) -> Iterator[Line]:
     written = os.path.join(folder, 'dd')
     with Checkpoints(os.path.join(folder, 'checkpoints')) as checkpoints:
       for round in range(rounds + 1):
-        copy = _timed(lambda: {name: x.copy() for name, x in arrays.items()})
+        copy = timed(lambda: {name: x.copy() for name, x in arrays.items()})
         start = time.perf_counter()
         checkpoints.save(round, state, {})
         blocked = time.perf_counter() - start
         checkpoints.wait()
         save = time.perf_counter() - start
         dd = lambda *operands: subprocess.run(['dd', *operands, 'bs=16M'], check=True, capture_output=True)
-        write = _timed(lambda: dd('if=/dev/zero', f'of={written}', f'count={size >> 24}', 'conv=fsync'))
-        digest = _timed(checkpoints.latest_valid)
+        write = timed(lambda: dd('if=/dev/zero', f'of={written}', f'count={size >> 24}', 'conv=fsync'))
+        digest = timed(checkpoints.latest_valid)
         _forget(folder)
-        restore = _timed(lambda: jax.block_until_ready(checkpoints.restore(state)[1]))
+        restore = timed(lambda: jax.block_until_ready(checkpoints.restore(state)[1]))
         _forget(folder)
-        read = _timed(lambda: dd(f'if={written}', 'of=/dev/null'))
+        read = timed(lambda: dd(f'if={written}', 'of=/dev/null'))
         if round:  # the first pays for what is made once
           for name, value in (('blocked', blocked / copy), ('save', write / save), ('restore', read / restore),
                               ('digest', digest)):
@@ -262,8 +261,7 @@ def checkpoint(rounds: int) -> Iterator[Line]:
           'over dd conv=fsync', 'restore': 'rate of restoring, digests included, over dd with caches dropped',
           'digest': 'seconds of reading and digesting 1 GB'}
   for name, values in found.items():
-    yield dict(measure=told[name], median=round(statistics.median(values), 3), least=round(min(values), 3),
-               most=round(max(values), 3), rounds=rounds)
+    yield _spread(told[name], values, 3)
 
 
 def _forget(folder: str) -> None:
@@ -279,6 +277,7 @@ def _forget(folder: str) -> None:
 def compiled_programs(rounds: int) -> Iterator[Line]:
   """Read from compiled training steps; exact, so once is enough."""
   del rounds
+  import jax
   from jaxlm import hlo
   from jaxlm.models import cost
   from jaxlm.speed.shapes import SHAPES, assembled
@@ -286,7 +285,7 @@ def compiled_programs(rounds: int) -> Iterator[Line]:
     config = make()
     parts = assembled(config)
     model = parts.model.config
-    batch = {key: jax_shape((config.batch_size, *shape), dtype) for key, (shape, dtype) in parts.batch.items()}
+    batch = {key: jax.ShapeDtypeStruct((config.batch_size, *shape), dtype) for key, (shape, dtype) in parts.batch.items()}
     compiled = parts.step_fn.lower(parts.shapes.state, parts.shapes.frozen, batch).compile()
     program = hlo.Program(compiled.as_text(), parts.model.layout.mesh.shape)
     flops = sum(dot.flops * dot.times for dot in program.dots())
@@ -303,12 +302,6 @@ def compiled_programs(rounds: int) -> Iterator[Line]:
                written_bytes=round(program.written()),
                temporary_bytes=compiled.memory_analysis().temp_size_in_bytes,
                copies_and_transposes_a_layer=moves)
-
-
-def jax_shape(shape: tuple[int, ...], dtype: Any) -> Any:
-  """An array that is described alone."""
-  import jax
-  return jax.ShapeDtypeStruct(shape, dtype)
 
 
 def start(rounds: int) -> Iterator[Line]:
@@ -330,5 +323,4 @@ def start(rounds: int) -> Iterator[Line]:
         found.append(time.perf_counter() - begun)
       process.kill()
       process.wait()
-  yield dict(measure="seconds to the quickstart's first loss, warm caches", median=round(statistics.median(found), 2),
-             least=round(min(found), 2), most=round(max(found), 2), rounds=rounds)
+  yield _spread("seconds to the quickstart's first loss, warm caches", found, 2)

@@ -39,15 +39,18 @@ def _processor() -> str:
     return platform.processor()
 
 
+def timed(fn: Callable[[], Any]) -> float:
+  """Seconds of one call."""
+  start = time.perf_counter()
+  fn()
+  return time.perf_counter() - start
+
+
 def _seconds(fn: Callable[..., Any], *arguments: Any, rounds: int = 5) -> float:
   """The median of so many runs after one that compiles."""
-  jax.block_until_ready(fn(*arguments))
-  taken = []
-  for _ in range(rounds):
-    start = time.perf_counter()
-    jax.block_until_ready(fn(*arguments))
-    taken.append(time.perf_counter() - start)
-  return statistics.median(taken)
+  run = lambda: jax.block_until_ready(fn(*arguments))
+  run()
+  return statistics.median(timed(run) for _ in range(rounds))
 
 
 def product_rate(config: Any) -> float:

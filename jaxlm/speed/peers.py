@@ -8,7 +8,8 @@ from jaxlm.speed.shapes import batches
 from jaxlm.types import JaxlmError
 
 
-def _model(folder: str, compiled: bool) -> Any:
+def _model(folder: str, compiled: bool) -> tuple[Any, Any]:
+  """(torch, the model in a folder); both are needed here alone."""
   try:
     import torch
     import transformers
@@ -21,16 +22,15 @@ def _model(folder: str, compiled: bool) -> Any:
     if 'dropout' in key or key.endswith('_pdrop'):
       setattr(config, key, 0.0)
   model = getattr(transformers, config.architectures[0]).from_pretrained(folder, config=config, dtype=torch.float32)
-  return torch.compile(model) if compiled else model
+  return torch, torch.compile(model) if compiled else model
 
 
 class Trainer:
   """As `ours.Trainer`, from the weights in a folder."""
 
   def __init__(self, config: Any, folder: str, compiled: bool = False):
-    self.model = _model(folder, compiled).train()
-    import torch
-    self.torch, self.clip = torch, config.optim.clip_norm
+    torch, model = _model(folder, compiled)
+    self.torch, self.model, self.clip = torch, model.train(), config.optim.clip_norm
     adam = config.optim.adamw
     self.optimizer = torch.optim.AdamW(self.model.parameters(), config.optim.lr, (adam.b1, adam.b2), adam.eps,
                                        weight_decay=config.optim.weight_decay, fused=True)
@@ -71,13 +71,14 @@ class Generator:
 
   def __init__(self, config: Any, folder: str, compiled: bool = False):
     del config
-    self.model = _model(folder, compiled).eval()
+    self.torch, model = _model(folder, compiled)
+    self.model = model.eval()
 
   def run(self, prompts: np.ndarray, steps: int) -> list[list[int]]:
     """`steps` ids after each of the prompts [B, P]."""
-    import torch
-    with torch.inference_mode():
-      ids = self.model.generate(torch.tensor(prompts), attention_mask=torch.ones_like(torch.tensor(prompts)),
+    with self.torch.inference_mode():
+      given = self.torch.tensor(prompts)
+      ids = self.model.generate(given, attention_mask=self.torch.ones_like(given),
                                 max_new_tokens=steps, min_new_tokens=steps, do_sample=False, pad_token_id=0)
     return ids[:, prompts.shape[1]:].tolist()
 
