@@ -5,7 +5,6 @@ import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 
 from jaxlm.models.config import ModelConfig
 from jaxlm.models.kernels import NO_WINDOW, Bias, Visibility
@@ -167,7 +166,6 @@ class Attention(nn.Module):
       out_BTNH = attend(self.layout, attention.kernel, q_BTNH, k_BSKH, v_BSKH, visibility, scale=scale,
                         softcap=attention.softcap, bias=bias, sink_N=sink_N, dropout=drop, block=attention.block)
     out_BTNH = out_of(out_BTNH)
-    out_BTNH = checkpoint_name(out_BTNH, 'attention_out')
     out_BTD = Dense(config, self.layout, (config.width,), ('heads', 'head_dim', 'embed'), num_inputs=2,
                     bias=attention.out_bias, residual=True, name='out')(out_BTNH)
     return out_BTD, cache

@@ -154,7 +154,7 @@ def dense(q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, visibility: Visibility, *
   prob_BKXS = dropout(prob_BNTS).reshape(score_BKXS.shape).astype(v_BKSH.dtype)
   out_BKXH = multiply('BKXS,BKSH->BKXH', prob_BKXS, v_BKSH)
   sees_BKX1 = jax.lax.stop_gradient(score_BKXS).max(-1, keepdims=True) > MASKED
-  return tokens_of(jnp.where(sees_BKX1, out_BKXH, 0).astype(q_BTNH.dtype), N)
+  return checkpoint_name(tokens_of(jnp.where(sees_BKX1, out_BKXH, 0).astype(q_BTNH.dtype), N), 'attention_out')
 
 
 def of_keys(lse: Array, sink: Array) -> Array:
