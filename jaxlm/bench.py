@@ -25,8 +25,8 @@ from typing import Any, Callable, Iterator, Sequence
 from absl import flags
 
 from jaxlm import programs
+from jaxlm.errors import JaxlmError
 from jaxlm.lookup import lookup
-from jaxlm.types import JaxlmError
 
 SUITES = flags.DEFINE_list('suites', ['train', 'decode'], 'What to measure.')
 AGAINST = flags.DEFINE_list('against', [], 'Peers of train and decode: transformers, transformers-compiled.')

@@ -12,12 +12,12 @@ from jaxlm import hardware, lint, liveness, objectives, sharding, train, trees
 from jaxlm.data import words
 from jaxlm.data.pipeline import BatchSizes
 from jaxlm.data.tokenizers import Vocab
+from jaxlm.errors import JaxlmError
 from jaxlm.hlo import Dot, Message, Program
 from jaxlm.models import cost, moe, stages
 from jaxlm.models.attention import SCOPE
 from jaxlm.models.stack import init_cache
 from jaxlm.state import Shapes
-from jaxlm.types import JaxlmError
 
 LIMIT = 2048  # devices that one process can simulate; the CPU backend fails beyond
 

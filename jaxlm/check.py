@@ -9,11 +9,11 @@ from jaxlm import config as config_module
 from jaxlm import objectives
 from jaxlm import optim
 from jaxlm.data import plans, sources, store, tokenizers
+from jaxlm.errors import JaxlmError
 from jaxlm.families import table
 from jaxlm.lookup import lookup
 from jaxlm.models import layers, positions, ring, stack
 from jaxlm.sharding import MESH_AXES
-from jaxlm.types import JaxlmError
 
 # key -> (the table its value is looked up in, what the table holds)
 NAMED = {

@@ -26,7 +26,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from jaxlm import seal, trees
-from jaxlm.types import JaxlmError, RunFailed, Tree
+from jaxlm.errors import JaxlmError, RunFailed
+from jaxlm.types import Tree
 
 _ALONE = ('params', 'ema')  # fields of the state that are items of their own, to be read alone; the others are `rest`
 _UNSEALED = ('_CHECKPOINT_METADATA', 'commit_success.txt')  # Orbax writes them when it commits; restoring needs neither

@@ -10,7 +10,7 @@ import time
 from typing import Any, Callable
 
 from jaxlm import lastwords
-from jaxlm.types import JaxlmError, Preempted
+from jaxlm.errors import JaxlmError, Preempted
 
 # Environment variables by which launchers tell a process that it is one of several; jax.distributed reads the rest.
 SIGNS: dict[str, Callable[[str], bool]] = {

@@ -11,10 +11,10 @@ from typing import Any, Iterator, Mapping
 
 from ml_collections import ConfigDict
 
+from jaxlm.errors import JaxlmError
 from jaxlm.lookup import closest, nearest
 from jaxlm.ranges import Key
 from jaxlm.schema import SCHEMA
-from jaxlm.types import JaxlmError
 
 
 def _leaves(tree: Mapping[str, Any], prefix: str = ''):

@@ -21,11 +21,11 @@ from jaxlm import config as config_module
 from jaxlm import hf, programs, sharding, transfer, trees
 from jaxlm.checkpoint import Checkpoints
 from jaxlm.data import tokenizers
+from jaxlm.errors import JaxlmError
 from jaxlm.models.config import freeze
 from jaxlm.models.transformer import Transformer
 from jaxlm.rundir import RunDirectory
 from jaxlm.sharding import Layout
-from jaxlm.types import JaxlmError
 from jaxlm.weights import Tensor, read_json, read_weights, write_json, write_weights
 
 _FROM = flags.DEFINE_string('from', None, 'A run directory, a Hugging Face folder, or a GGUF file.')

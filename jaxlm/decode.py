@@ -12,11 +12,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxlm.errors import JaxlmError
 from jaxlm.models.config import ModelConfig
 from jaxlm.models.stack import BlockCache, init_cache, unstack
 from jaxlm.models.transformer import Transformer
 from jaxlm.sampling import Program, Sampling, bucket, choose, ends, penalised, sampling_numbers, specialised
-from jaxlm.types import Array, Ids, JaxlmError, Prompt, Tree
+from jaxlm.types import Array, Ids, Prompt, Tree
 
 BLOCK = 32   # tokens a row between two looks of the host: a stop string is noticed so many too late at most
 NONE = -1    # in arrays of produced ids: nothing was produced here

@@ -8,8 +8,8 @@ Prints each prompt with its continuation; several are separated by a line of das
 """
 from absl import flags
 
-from jaxlm import loading, programs
-from jaxlm.types import JaxlmError
+from jaxlm import programs
+from jaxlm.errors import JaxlmError
 
 _MODEL = flags.DEFINE_string('model', None, 'A run directory, a Hugging Face folder, or a GGUF file.')
 _PROMPT = flags.DEFINE_multi_string('prompt', [], 'Text to continue; may be given several times.')
@@ -41,6 +41,7 @@ def main(argv: list[str]) -> None:
   if not prompts:
     raise JaxlmError('There is nothing to continue; give --prompt=TEXT or --prompt_file=FILE (--prompt= begins a '
                      'text).')
+  from jaxlm import loading  # late, for it imports jax
   model = loading.load(_MODEL.value, dtype=_DTYPE.value)
   max_new_tokens = _MAX_NEW_TOKENS.value
   if max_new_tokens is None:

@@ -7,8 +7,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from jaxlm.errors import JaxlmError
 from jaxlm.families import table
-from jaxlm.types import JaxlmError
 from jaxlm.weights import NAME, Entry, Weights
 
 PLAIN = {'F32': np.dtype(np.float32), 'F16': np.dtype(np.float16), 'BF16': np.dtype(ml_dtypes.bfloat16)}

@@ -2,8 +2,8 @@
 import dataclasses
 from typing import Mapping
 
+from jaxlm.errors import JaxlmError
 from jaxlm.lookup import lookup
-from jaxlm.types import JaxlmError
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,9 +17,10 @@ from ml_collections import ConfigDict
 from jaxlm import config as base
 from jaxlm import gguf, transfer
 from jaxlm.data.tokenizers import Tokenizer
+from jaxlm.errors import JaxlmError
 from jaxlm.families import keys, table
 from jaxlm.models.config import ModelConfig, freeze
-from jaxlm.types import JaxlmError, Tree
+from jaxlm.types import Tree
 from jaxlm.weights import INDEX, SINGLE, Tensor, Weights, cast, read_json, read_weights, write_json, write_weights
 
 KEPT = 'hf'  # in a run directory: what the folder that it came from said and a run has no place for

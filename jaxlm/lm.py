@@ -9,10 +9,11 @@ import numpy as np
 
 from jaxlm import decode, losses, trees
 from jaxlm.data import tokenizers
+from jaxlm.errors import JaxlmError
 from jaxlm.models.transformer import Transformer, pool
 from jaxlm.sampling import Sampling, bucket
 from jaxlm.sharding import Layout
-from jaxlm.types import Array, JaxlmError, Prompt, Tree
+from jaxlm.types import Array, Prompt, Tree
 
 Text = str | Sequence[int]  # text, or its ids
 

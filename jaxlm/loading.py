@@ -10,12 +10,13 @@ from jaxlm import config as config_module
 from jaxlm import hf, objectives, sharding, transfer
 from jaxlm.checkpoint import Checkpoints
 from jaxlm.data import tokenizers
+from jaxlm.errors import JaxlmError
 from jaxlm.lm import LM
 from jaxlm.models.config import freeze
 from jaxlm.models.transformer import Transformer
 from jaxlm.rundir import RunDirectory
 from jaxlm.sharding import Layout
-from jaxlm.types import JaxlmError, Prompt
+from jaxlm.types import Prompt
 
 
 def load(path: str | os.PathLike, mesh: Any = None, dtype: str | None = None) -> LM:

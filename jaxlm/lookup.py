@@ -3,7 +3,7 @@ import difflib
 import importlib
 from typing import Any, Iterable, Mapping
 
-from jaxlm.types import JaxlmError
+from jaxlm.errors import JaxlmError
 
 
 def closest(name: str, known: Iterable[str]) -> str | None:

@@ -9,7 +9,7 @@ import os
 
 from absl import flags
 
-from jaxlm import check, cluster, programs
+from jaxlm import cluster, programs
 from jaxlm import config as config_module
 
 programs.define_config()
@@ -32,6 +32,7 @@ def main(argv: list[str]) -> None:
     print(config_module.dumps(config))
     for key, (value, default) in config_module.differences(config, config_module.default()).items():
       print(f'config.{key} = {value!r}  # default {default!r}')
+  from jaxlm import check  # late, as train below: what imports jax
   check.validate(config)
   if PRINT_CONFIG.value:
     return

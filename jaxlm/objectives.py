@@ -10,9 +10,10 @@ from typing import Any, Callable
 import numpy as np
 
 from jaxlm import masking, middles, orders, pairs, prompts, rows, spans
+from jaxlm.errors import JaxlmError
 from jaxlm.lookup import lookup
 from jaxlm.rows import Example, Item
-from jaxlm.types import Ids, JaxlmError, Prompt
+from jaxlm.types import Ids, Prompt
 
 
 def same(seq_len: int) -> int:

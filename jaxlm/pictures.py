@@ -4,9 +4,9 @@ from typing import Any, Sequence
 import numpy as np
 
 from jaxlm import bill, trees
+from jaxlm.errors import JaxlmError
 from jaxlm.metrics import read_jsonl
 from jaxlm.models import kernels
-from jaxlm.types import JaxlmError
 
 # One hue from light to dark for quantities; distinct hues in a fixed order for identities.
 QUANTITY = 'Blues'

@@ -11,8 +11,8 @@ import os
 
 from absl import flags
 
-from jaxlm import bill, check, hardware, programs, search
-from jaxlm.types import JaxlmError
+from jaxlm import hardware, programs
+from jaxlm.errors import JaxlmError
 
 programs.define_config()
 DEVICES = flags.DEFINE_integer('devices', 0, 'How many devices; 0: as many as config.mesh multiplies out to.',
@@ -35,6 +35,7 @@ def main(argv: list[str]) -> None:
   """Prints the bill of --config."""
   del argv
   config = programs.config()
+  from jaxlm import bill, check, search  # late, for they import jax
   check.validate(config)
   if OUTPUT.value and os.path.isdir(OUTPUT.value):
     raise JaxlmError(f'--output={OUTPUT.value} is a folder; give a file in it.')

@@ -8,10 +8,10 @@ the documents, tokens and all, as other programs read them.
 """
 from absl import flags
 
-from jaxlm import check, objectives, programs
+from jaxlm import programs
 from jaxlm.data import exports, store
+from jaxlm.errors import JaxlmError
 from jaxlm.lookup import lookup
-from jaxlm.types import JaxlmError
 
 EXPORT = flags.DEFINE_string('export', None, f'Also write the documents as one of {", ".join(exports.FORMATS)}.')
 TO = flags.DEFINE_string('to', None, 'The new folder they go to.')
@@ -40,6 +40,7 @@ def main(argv: list[str]) -> None:
   if EXPORT.value is not None:
     lookup(exports.FORMATS, EXPORT.value, 'export format')
   config = programs.config()
+  from jaxlm import check, objectives  # late, for they import jax
   check.validate(config)
   prepared = store.prepare(config, objectives.roles(config))
   print(table(prepared, store.weights(config.data, [s.num_train_tokens for s in prepared.stores])))

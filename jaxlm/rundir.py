@@ -14,8 +14,8 @@ from ml_collections import ConfigDict
 
 from jaxlm import config as config_module
 from jaxlm import sharding
+from jaxlm.errors import JaxlmError
 from jaxlm.lookup import nearest
-from jaxlm.types import JaxlmError
 
 FORMAT = 1
 PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'ml-collections', 'tokenizers', 'numpy')

@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlm.types import Array, JaxlmError
+from jaxlm.errors import JaxlmError
+from jaxlm.types import Array
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,7 +9,7 @@ import os
 import pathlib
 from typing import Any, Sequence
 
-from jaxlm.types import JaxlmError
+from jaxlm.errors import JaxlmError
 
 MANIFEST = 'manifest.json'
 FORMAT = 1

@@ -5,8 +5,8 @@ from typing import Any, Iterator
 
 from jaxlm import bill, check, hardware
 from jaxlm import config as config_module
+from jaxlm.errors import JaxlmError
 from jaxlm.models.config import freeze
-from jaxlm.types import JaxlmError
 
 
 def candidates(config: Any, devices: int, near: int) -> Iterator[dict[str, Any]]:

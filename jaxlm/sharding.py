@@ -10,7 +10,8 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxlm import trees
-from jaxlm.types import Array, JaxlmError, Tree
+from jaxlm.errors import JaxlmError
+from jaxlm.types import Array, Tree
 
 # Slowest links outermost: neighbours on the last axis talk most.
 MESH_AXES = ('replica', 'pipe', 'data', 'fsdp', 'expert', 'seq', 'tensor')

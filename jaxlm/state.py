@@ -10,11 +10,12 @@ import optax
 
 from jaxlm import config as config_module
 from jaxlm import optim, sharding, trees
+from jaxlm.errors import JaxlmError
 from jaxlm.models import stages
 from jaxlm.models.config import freeze
 from jaxlm.models.transformer import Transformer
 from jaxlm.sharding import Layout
-from jaxlm.types import Array, JaxlmError, TrainState, Tree
+from jaxlm.types import Array, TrainState, Tree
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,13 +16,14 @@ from jaxlm import check, losses, objectives, optim, rundir, sharding, trees
 from jaxlm.checkpoint import Checkpoints, lock
 from jaxlm.cluster import Watch
 from jaxlm.data import pipeline, plans, store
+from jaxlm.errors import JaxlmError, Preempted, RunFailed
 from jaxlm.evaluators import Evaluators
 from jaxlm.journal import Journal, Position, Told, due
 from jaxlm.models import cost, ring, stages
 from jaxlm.models.transformer import Transformer
 from jaxlm.sharding import Layout
 from jaxlm.state import Shapes, build_model, init_state
-from jaxlm.types import Array, JaxlmError, Preempted, RunFailed, TrainState, Tree
+from jaxlm.types import Array, TrainState, Tree
 
 # ---- the step ----------------------------------------------------------------------------------------------------
 

@@ -13,11 +13,12 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxlm import config as base
 from jaxlm import sharding, trees
+from jaxlm.errors import JaxlmError
 from jaxlm.families import bijections
 from jaxlm.models.config import ModelConfig
 from jaxlm.models.stack import unstack
 from jaxlm.models.transformer import Transformer
-from jaxlm.types import JaxlmError, Tree
+from jaxlm.types import Tree
 from jaxlm.weights import DTYPES, Tensor, Weights, cast, listed, same
 
 BLOCK = 1 << 26  # bytes that are copied at once on their way to a device

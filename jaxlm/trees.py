@@ -5,7 +5,8 @@ from typing import Any, Callable, Sequence
 import jax
 import numpy as np
 
-from jaxlm.types import JaxlmError, Tree
+from jaxlm.errors import JaxlmError
+from jaxlm.types import Tree
 
 Rules = Sequence[tuple[str, Any]]
 

@@ -67,18 +67,6 @@ class Prompt:
   blank: int = -1
 
 
-class JaxlmError(Exception):
-  """A fault the user can mend: programs print it as one line and exit with 2."""
-
-
-class Preempted(Exception):
-  """The run was asked to stop and saved; programs exit with 75."""
-
-
-class RunFailed(Exception):
-  """The run itself failed (a loss that is not finite, say): programs print one line and exit with 1."""
-
-
 @flax.struct.dataclass
 class Output:
   """What a model returns.

@@ -15,7 +15,7 @@ import ml_dtypes
 import numpy as np
 import safetensors
 
-from jaxlm.types import JaxlmError
+from jaxlm.errors import JaxlmError
 
 SINGLE, INDEX = 'model.safetensors', 'model.safetensors.index.json'
 DTYPES = {'F32': np.dtype(np.float32), 'F16': np.dtype(np.float16), 'BF16': np.dtype(ml_dtypes.bfloat16)}

@@ -8,7 +8,7 @@ import pytest
 from jaxlm import check
 from jaxlm import config as base
 from jaxlm.config import KEYS
-from jaxlm.types import JaxlmError
+from jaxlm.errors import JaxlmError
 
 
 def faults(**changes: str) -> list[str]:

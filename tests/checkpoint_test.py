@@ -19,7 +19,8 @@ import pytest
 
 from jaxlm import seal, trees
 from jaxlm.checkpoint import Checkpoints, lock
-from jaxlm.types import JaxlmError, RunFailed, TrainState
+from jaxlm.errors import JaxlmError, RunFailed
+from jaxlm.types import TrainState
 
 DATA = {'examples': 96, 'skips': [[3, 7]]}
 

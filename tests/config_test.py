@@ -6,7 +6,7 @@ import pytest
 
 from jaxlm import config as base
 from jaxlm.config import GROUPS, KEYS
-from jaxlm.types import JaxlmError
+from jaxlm.errors import JaxlmError
 
 # Values of every type that some key refuses. A probe of a key's own type tests its range, the others its type.
 PROBES = {

@@ -11,10 +11,11 @@ import pytest
 
 from jaxlm import config as base
 from jaxlm import decode, sharding
+from jaxlm.errors import JaxlmError
 from jaxlm.models.config import freeze
 from jaxlm.models.transformer import Transformer
 from jaxlm.sampling import Sampling, bucket, choose, sampling_numbers, specialised
-from jaxlm.types import JaxlmError, Prompt
+from jaxlm.types import Prompt
 
 VOCAB = 11  # padded to 16
 PROMPTS = [[3, 1, 4, 1, 5], [9], [2, 6, 5, 3, 5, 8, 9]]

@@ -8,10 +8,10 @@ import pytest
 from jaxlm import config as base
 from jaxlm import hf, sharding, transfer, trees, weights
 from jaxlm.data import tokenizers
+from jaxlm.errors import JaxlmError
 from jaxlm.families import gpt2, llama
 from jaxlm.models.config import freeze
 from jaxlm.models.transformer import Transformer
-from jaxlm.types import JaxlmError
 
 gguf = pytest.importorskip('gguf')
 

@@ -12,11 +12,11 @@ import safetensors.numpy
 from jaxlm import config as base
 from jaxlm import hf, sharding, transfer, trees, weights
 from jaxlm.data import tokenizers
+from jaxlm.errors import JaxlmError
 from jaxlm.families import gpt2, llama
 from jaxlm.models.config import freeze
 from jaxlm.models.stack import init_cache
 from jaxlm.models.transformer import Transformer
-from jaxlm.types import JaxlmError
 
 GPT2 = dict(model_type='gpt2', architectures=['GPT2LMHeadModel'], vocab_size=131, n_positions=64, n_embd=48, n_layer=3,
             n_head=4, initializer_range=0.3)

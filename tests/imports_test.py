@@ -11,7 +11,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 
 # A module imports only what stands above it. Families stand among themselves as their imports ask, in no circle.
 ORDER = """
-types lastwords folders cluster lookup hardware hlo liveness ranges schema config trees sums sharding
+errors types lastwords folders cluster lookup hardware hlo liveness ranges schema config trees sums sharding
 rows masking spans orders middles pairs prompts objectives
 data.words data.pieces data.tokenizers data.files data.tables data.tokenfiles data.sources data.shards data.mixtures
 data.store data.exports data.plans data.pipeline

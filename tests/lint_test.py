@@ -5,7 +5,7 @@ import pytest
 from experiments_test import EXPERIMENTS, get_config
 from jaxlm import config as base
 from jaxlm import bill, check, lint, losses, sharding
-from jaxlm.types import JaxlmError
+from jaxlm.errors import JaxlmError
 
 MESH = dict(data=2, fsdp=2, tensor=2)
 # One of each kind of model in the ordinary suite, the others with the slow ones.

@@ -13,10 +13,10 @@ from jaxlm import config as base
 from jaxlm import hf, lm as lm_module, sharding, types
 from jaxlm.checkpoint import Checkpoints
 from jaxlm.data import tokenizers
+from jaxlm.errors import JaxlmError
 from jaxlm.models.config import freeze
 from jaxlm.models.stack import unstack
 from jaxlm.models.transformer import Transformer
-from jaxlm.types import JaxlmError
 
 END = 256
 

@@ -3,8 +3,8 @@ import sys
 
 import pytest
 
+from jaxlm.errors import JaxlmError
 from jaxlm.lookup import closest, lookup, nearest
-from jaxlm.types import JaxlmError
 
 TABLE = {'causal': 1, 'masked': 2}
 

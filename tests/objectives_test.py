@@ -7,7 +7,8 @@ from windows import FIRST, PAIRS, VOCAB, config_of, is_text, item_of, make, rng_
 
 from jaxlm import check, objectives
 from jaxlm import config as configs
-from jaxlm.types import BATCH, JaxlmError
+from jaxlm.errors import JaxlmError
+from jaxlm.types import BATCH
 
 BOTH = pytest.mark.parametrize('mask_documents', [True, False])
 ALL = pytest.mark.parametrize('name, kind', PAIRS)

@@ -7,9 +7,9 @@ import pytest
 
 from jaxlm import config as base
 from jaxlm import optim, sharding, train, trees
+from jaxlm.errors import JaxlmError
 from jaxlm.models.stack import restack, unstack
 from jaxlm.sharding import Layout
-from jaxlm.types import JaxlmError
 
 
 def _optim(**changes):

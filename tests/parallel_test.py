@@ -10,10 +10,10 @@ import pytest
 from jaxlm import config as base
 from jaxlm import objectives, sharding, train
 from jaxlm.data import store
+from jaxlm.errors import JaxlmError
 from jaxlm.metrics import read_jsonl
 from jaxlm.models import stages
 from jaxlm.sharding import Layout, Schedule
-from jaxlm.types import JaxlmError
 
 RTOL = 1e-5  # float32 sums in another order over twenty updates; measured at most 2e-6
 

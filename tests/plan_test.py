@@ -13,11 +13,11 @@ from jax.sharding import NamedSharding, PartitionSpec as P
 
 from jaxlm import bill, hardware, liveness, search, sharding, trees
 from jaxlm import config as base
+from jaxlm.errors import JaxlmError
 from jaxlm.families import gpt3
 from jaxlm.hlo import Message, Program, _first_group
 from jaxlm.models import cost
 from jaxlm.models.config import freeze
-from jaxlm.types import JaxlmError
 
 ROOT = pathlib.Path(__file__).parents[1]
 

@@ -1,15 +1,20 @@
 """How a program starts and ends: exit codes, lines, flags, help, the printed config."""
 import errno
 import json
+import os
+import pathlib
+import subprocess
+import sys
 
 from absl import flags
-import jax
 import pytest
 
 from jaxlm import config as base
 from jaxlm import main as main_module
 from jaxlm import programs
-from jaxlm.types import JaxlmError, Preempted, RunFailed
+from jaxlm.errors import JaxlmError, Preempted, RunFailed
+
+ROOT = pathlib.Path(__file__).parents[1]
 
 EXPERIMENT = '''from jaxlm import config as base
 def get_config(arg=None):
@@ -142,14 +147,38 @@ def test_print_config_tells_faults_too(capsys):
       'error: config.model.attention.num_heads must be an integer, at least 1; got 0 (int).\n')
 
 
-def test_programs_are_kept_in_the_users_cache_folder_unless_told_otherwise(tmp_path, monkeypatch):
-  before = jax.config.jax_compilation_cache_dir
+def test_what_xla_compiles_is_kept_in_the_users_cache_folder_unless_told_otherwise(tmp_path, monkeypatch):
   monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
-  try:
-    programs._keep_programs()
-    assert jax.config.jax_compilation_cache_dir == before  # the tests' own
-    jax.config.update('jax_compilation_cache_dir', None)
-    programs._keep_programs()
-    assert jax.config.jax_compilation_cache_dir == str(tmp_path / 'jaxlm' / 'programs')
-  finally:
-    jax.config.update('jax_compilation_cache_dir', before)
+  assert programs.surroundings({})['JAX_COMPILATION_CACHE_DIR'] == str(tmp_path / 'jaxlm' / 'programs')
+  assert programs.surroundings({'JAX_COMPILATION_CACHE_DIR': 'there'})['JAX_COMPILATION_CACHE_DIR'] == 'there'
+
+
+@pytest.mark.parametrize('given, wanted', [
+    (None, 'glibc.malloc.hugetlb=1'),
+    ('glibc.malloc.check=1', 'glibc.malloc.check=1:glibc.malloc.hugetlb=1'),
+    ('glibc.malloc.hugetlb=0', 'glibc.malloc.hugetlb=0'),
+])
+def test_pages_are_large_where_the_system_gives_them_and_nobody_said_otherwise(given, wanted, monkeypatch):
+  given = {} if given is None else {'GLIBC_TUNABLES': given}
+  monkeypatch.setattr(programs, '_gives_large_pages', lambda: True)
+  assert programs.surroundings(given)['GLIBC_TUNABLES'] == wanted
+  monkeypatch.setattr(programs, '_gives_large_pages', lambda: False)
+  assert programs.surroundings(given).get('GLIBC_TUNABLES') == given.get('GLIBC_TUNABLES')
+
+
+def test_a_program_starts_again_once_with_what_it_wants_and_goes_on_as_it_was_called(tmp_path):
+  (tmp_path / 'told.py').write_text('''
+import os, sys
+from jaxlm import programs
+programs._gives_large_pages = lambda: True
+programs.define_config()
+def main(argv):
+  print(os.getpid(), sys.argv[1:], os.environ['GLIBC_TUNABLES'], 'jax' in sys.modules, flush=True)
+print('start', os.getpid(), flush=True)
+programs.run(main)
+''')
+  environ = {name: value for name, value in os.environ.items() if name != 'GLIBC_TUNABLES'}
+  process = subprocess.Popen([sys.executable, '-u', '-m', 'told', '--config=x'], cwd=tmp_path, text=True,
+                             stdout=subprocess.PIPE, env=environ | {'PYTHONPATH': str(ROOT)})
+  told = process.communicate()[0].splitlines()
+  assert told == [f'start {process.pid}'] * 2 + [f"{process.pid} ['--config=x'] glibc.malloc.hugetlb=1 False"]

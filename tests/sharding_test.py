@@ -11,8 +11,8 @@ from jax.sharding import PartitionSpec as P
 
 from jaxlm import config as base
 from jaxlm import optim, sharding, train, trees
+from jaxlm.errors import JaxlmError
 from jaxlm.sharding import Layout, mesh_sizes
-from jaxlm.types import JaxlmError
 
 RULES = tuple(base.default().sharding.rules)
 

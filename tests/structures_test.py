@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from jaxlm import decode, lm
+from jaxlm.errors import JaxlmError
 from jaxlm.sampling import Sampling
-from jaxlm.types import JaxlmError
 from tests.matrix_test import config_of, small
 
 NEW = 6

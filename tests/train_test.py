@@ -10,8 +10,8 @@ import pytest
 from jaxlm import checkpoint, sharding, train
 from jaxlm.data.pipeline import documents_at
 from jaxlm import objectives
+from jaxlm.errors import JaxlmError, Preempted, RunFailed
 from jaxlm.metrics import read_jsonl
-from jaxlm.types import JaxlmError, Preempted, RunFailed
 
 # Float32 sums in another order; measured at most 5e-7 over 20 steps.
 RTOL = 1e-5

@@ -10,11 +10,11 @@ import pytest
 
 from jaxlm import config as base
 from jaxlm import hf, sharding, transfer, trees, weights
+from jaxlm.errors import JaxlmError
 from jaxlm.families import llama, table
 from jaxlm.models.config import freeze
 from jaxlm.models.stack import restack
 from jaxlm.models.transformer import Transformer
-from jaxlm.types import JaxlmError
 
 HF = dict(model_type='mixed', vocab_size=131, hidden_size=16, intermediate_size=24, num_hidden_layers=4,
           num_attention_heads=4, num_key_value_heads=2, head_dim=8, max_position_embeddings=64)

@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 
 from jaxlm import trees
-from jaxlm.types import JaxlmError, TrainState
+from jaxlm.errors import JaxlmError
+from jaxlm.types import TrainState
 
 
 def tree():

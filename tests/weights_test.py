@@ -8,7 +8,7 @@ import pytest
 import safetensors.numpy
 
 from jaxlm import weights
-from jaxlm.types import JaxlmError
+from jaxlm.errors import JaxlmError
 
 DTYPES = [np.dtype(np.float32), np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16)]
 

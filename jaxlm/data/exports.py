@@ -11,8 +11,8 @@ from jaxlm.data.shards import Store
 from jaxlm.data.store import Prepared
 from jaxlm.data.tokenfiles import CODES, MAGIC, llmc_header
 from jaxlm.data.tokenizers import Tokenizer
+from jaxlm.errors import JaxlmError
 from jaxlm.lookup import lookup
-from jaxlm.types import JaxlmError
 
 PART_TOKENS = 1 << 26  # a file of records ends after so many
 GROUP_TOKENS = 1 << 20  # a row group of Parquet

@@ -14,8 +14,8 @@ from typing import BinaryIO, Callable, Iterator, NamedTuple
 
 import numpy as np
 
+from jaxlm.errors import JaxlmError
 from jaxlm.lookup import nearest
-from jaxlm.types import JaxlmError
 
 CHUNK = 1 << 20  # bytes read at once
 PAIR = '\x1e'     # stands between a text and its translation (ASCII's record separator)

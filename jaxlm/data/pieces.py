@@ -5,7 +5,7 @@ from collections import defaultdict
 import tokenizers as hf
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 
-from jaxlm.types import JaxlmError
+from jaxlm.errors import JaxlmError
 
 SPACE = '▁'
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # ModelProto.SentencePiece.Type

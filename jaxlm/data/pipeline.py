@@ -10,7 +10,7 @@ import numpy as np
 from jaxlm import config as configs
 from jaxlm.data.plans import Cut, Stream, assemble, check_ids, check_second, examples_of, second_texts
 from jaxlm.data.store import Store, prepare
-from jaxlm.types import JaxlmError
+from jaxlm.errors import JaxlmError
 
 Batch = dict[str, np.ndarray]
 Skips = Sequence[tuple[int, int]]  # ranges [start, end) of the stream that are passed over

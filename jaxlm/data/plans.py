@@ -11,8 +11,8 @@ import numpy as np
 from jaxlm.data.mixtures import Permutation, Schedule, remembered
 from jaxlm.data.shards import Store
 from jaxlm.data.store import weights
+from jaxlm.errors import JaxlmError
 from jaxlm.lookup import lookup
-from jaxlm.types import JaxlmError
 
 FORMAT = 1             # of plans kept as files
 CACHED_FROM = 1 << 16  # documents; a smaller plan is made faster than it is read

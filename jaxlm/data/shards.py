@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxlm.types import JaxlmError
+from jaxlm.errors import JaxlmError
 
 FORMAT = 1
 BLOCK = 1 << 16  # tokens under one checksum

@@ -6,8 +6,8 @@ from typing import Iterator
 
 from jaxlm.data import tables, tokenfiles
 from jaxlm.data.files import PAIR, Source, decoded, json_field, line_number, lines, matching, named
+from jaxlm.errors import JaxlmError
 from jaxlm.lookup import lookup
-from jaxlm.types import JaxlmError
 
 
 def _source_file(path: str, offset: int) -> Iterator[tuple[str, int, int]]:

@@ -23,7 +23,7 @@ from jaxlm.data import mixtures, sources, tokenizers
 from jaxlm.data.files import PAIR, Document, Source
 from jaxlm.data.shards import BLOCK, DOCUMENT, FORMAT, Store, read_json, write
 from jaxlm.data.tokenizers import Tokenizer
-from jaxlm.types import JaxlmError
+from jaxlm.errors import JaxlmError
 
 SHARD_BYTES = 1 << 26  # text in a shard: 64 MiB, about 16 million tokens
 BATCH_DOCUMENTS = 256  # documents tokenised in one call

@@ -8,8 +8,8 @@ from typing import Any, Iterator
 import numpy as np
 
 from jaxlm.data.files import CHUNK, Source, json_field, matching, named
+from jaxlm.errors import JaxlmError
 from jaxlm.lookup import nearest
-from jaxlm.types import JaxlmError
 
 ROWS = 256  # rows of a table decoded at once
 REMEDY = 'restore it, or leave it out of config.data.paths.'

@@ -6,7 +6,7 @@ from typing import Iterator
 import numpy as np
 
 from jaxlm.data.files import COMPRESSED, Source, matching, named
-from jaxlm.types import JaxlmError
+from jaxlm.errors import JaxlmError
 
 SCAN = 1 << 22  # tokens searched for document ends at once
 REMEDY = 'restore it, or leave it out of config.data.paths.'

@@ -17,8 +17,8 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 from jaxlm.data import words
 from jaxlm.data.words import byte_letters
 from jaxlm.data import pieces
+from jaxlm.errors import JaxlmError
 from jaxlm.lookup import nearest
-from jaxlm.types import JaxlmError
 
 END, PAD, UNKNOWN = '<|endoftext|>', '<|pad|>', '[UNK]'
 

@@ -1,8 +1,8 @@
 """BART (Lewis et al. 2019, arXiv:1910.13461): sizes as published, names at Hugging Face."""
 from typing import Any, Mapping
 
+from jaxlm.errors import JaxlmError
 from jaxlm.families import keys
-from jaxlm.types import JaxlmError
 
 VOCAB_SIZE = 50_265  # GPT-2's pieces and its own special tokens
 

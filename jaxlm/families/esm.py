@@ -5,8 +5,8 @@ from typing import Any, Mapping
 import ml_dtypes
 import numpy as np
 
+from jaxlm.errors import JaxlmError
 from jaxlm.families import bert, keys
-from jaxlm.types import JaxlmError
 
 VOCAB_SIZE = 33  # amino acids and what stands for several, gaps, and tokens of the frame
 

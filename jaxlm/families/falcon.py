@@ -5,9 +5,9 @@ norm, with grouped heads (40B, 180B; 11B has one norm again); one after the othe
 """
 from typing import Any, Mapping
 
+from jaxlm.errors import JaxlmError
 from jaxlm.families import keys
 from jaxlm.families.gpt_neox import BODY, LABELS, SEQUENCE, SPAN, TOKEN
-from jaxlm.types import JaxlmError
 
 # Rows of the published tables.
 VOCAB_SIZES = {'rw-1b': 50_304, '7b': 65_024, '11b': 65_024, '40b': 65_024, '180b': 65_024}

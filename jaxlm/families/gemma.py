@@ -2,8 +2,8 @@
 store what their scale is above 1."""
 from typing import Any, Mapping
 
+from jaxlm.errors import JaxlmError
 from jaxlm.families import keys, llama, llamas
-from jaxlm.types import JaxlmError
 
 VOCAB_SIZE = 256_000  # rows of embeddings, of Gemma 2's, too
 

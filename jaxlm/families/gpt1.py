@@ -1,9 +1,9 @@
 """GPT (Radford et al. 2018): its one size as published, names at Hugging Face; GPT-2 with norms after the sums."""
 from typing import Any, Mapping
 
+from jaxlm.errors import JaxlmError
 from jaxlm.families import gpt2, keys
 from jaxlm.families.gpt_neox import BODY, SEQUENCE
-from jaxlm.types import JaxlmError
 
 VOCAB_SIZE = 40_478  # of its tokenizer
 

@@ -3,8 +3,8 @@ import math
 import re
 from typing import Any, Mapping
 
+from jaxlm.errors import JaxlmError
 from jaxlm.lookup import nearest
-from jaxlm.types import JaxlmError
 
 # Keys that change nothing that is computed: names, training, generation, what a call returns.
 HARMLESS = re.compile(

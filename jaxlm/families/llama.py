@@ -2,8 +2,8 @@
 import math
 from typing import Any, Mapping
 
+from jaxlm.errors import JaxlmError
 from jaxlm.families import keys
-from jaxlm.types import JaxlmError
 
 # What all sizes share.
 BASE = dict(

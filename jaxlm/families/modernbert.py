@@ -1,8 +1,8 @@
 """ModernBERT (Warner et al. 2024): sizes as published, names at Hugging Face."""
 from typing import Any, Mapping
 
+from jaxlm.errors import JaxlmError
 from jaxlm.families import bert, keys
-from jaxlm.types import JaxlmError
 
 VOCAB_SIZE = 50_368  # of its tokenizer
 

@@ -5,9 +5,9 @@ before the output matrix, out again. A row's hidden states here are those before
 """
 from typing import Any, Mapping
 
+from jaxlm.errors import JaxlmError
 from jaxlm.families import keys
 from jaxlm.families.gpt_neox import BODY, LABELS, SEQUENCE, SPAN
-from jaxlm.types import JaxlmError
 
 VOCAB_SIZE = 50_272  # rows of the published tables
 

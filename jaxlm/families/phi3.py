@@ -4,8 +4,8 @@ The long-context versions (rope_type longrope) are refused: their rotations chan
 """
 from typing import Any, Mapping
 
+from jaxlm.errors import JaxlmError
 from jaxlm.families import keys, llama
-from jaxlm.types import JaxlmError
 
 VOCAB_SIZE = 32_064  # rows of the published tables: Llama 2's 32,000 pieces and room for more
 

@@ -1,8 +1,8 @@
 """Qwen1.5-MoE and Qwen2-57B-A14B (arXiv:2407.10671): Qwen2's block with many small experts, and one for every token."""
 from typing import Any, Mapping
 
+from jaxlm.errors import JaxlmError
 from jaxlm.families import keys, llama, llamas, qwen2
-from jaxlm.types import JaxlmError
 
 VOCAB_SIZE = 151_936  # rows of embeddings
 

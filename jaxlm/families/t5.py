@@ -2,8 +2,8 @@
 import math
 from typing import Any, Mapping
 
+from jaxlm.errors import JaxlmError
 from jaxlm.families import keys
-from jaxlm.types import JaxlmError
 
 VOCAB_SIZE = 32_128  # 32,000 pieces, 100 sentinels, padding, end, unknown; the rest rounds up to 128
 

@@ -38,8 +38,8 @@ import os
 import pkgutil
 from types import ModuleType
 
+from jaxlm.errors import JaxlmError
 from jaxlm.lookup import nearest
-from jaxlm.types import JaxlmError
 
 
 def _found() -> dict[str, ModuleType]:

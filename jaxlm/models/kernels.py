@@ -15,7 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
-from jaxlm.types import Array, JaxlmError, Tree
+from jaxlm.errors import JaxlmError
+from jaxlm.types import Array, Tree
 
 NO_WINDOW = 1 << 30  # a window at least this wide is no limit: what a layer without one scans as its integer
 MASKED = -1e30       # a score no key has: finite, so a row of them has a maximum, and exp(MASKED - score) is exactly 0

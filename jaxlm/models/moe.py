@@ -10,11 +10,12 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import NamedSharding, PartitionSpec
 
+from jaxlm.errors import JaxlmError
 from jaxlm.lookup import lookup
 from jaxlm.models.config import ModelConfig, MoeConfig
 from jaxlm.models.layers import ACTIVATIONS, Dense, Mlp
 from jaxlm.sharding import Layout, differ
-from jaxlm.types import Array, JaxlmError
+from jaxlm.types import Array
 
 SCOPE = '_dropless'  # in names of a compiled program's instructions: where tokens go to their experts
 

@@ -8,12 +8,13 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from jaxlm.errors import JaxlmError
 from jaxlm.lookup import lookup
 from jaxlm.models.attention import Context
 from jaxlm.models.config import ModelConfig
 from jaxlm.models.layers import Dense
 from jaxlm.sharding import Layout
-from jaxlm.types import Array, JaxlmError, Tree
+from jaxlm.types import Array, Tree
 
 # ---- cells -------------------------------------------------------------------------------------------------------
 

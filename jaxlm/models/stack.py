@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlm import trees
+from jaxlm.errors import JaxlmError
 from jaxlm.lookup import lookup
 from jaxlm.models import attention as attention_module
 from jaxlm.models import recurrent, stages
@@ -18,7 +19,7 @@ from jaxlm.models.kernels import NO_WINDOW
 from jaxlm.models.layers import Mlp, Norm, dropout, fold
 from jaxlm.models.moe import Moe
 from jaxlm.sharding import Layout
-from jaxlm.types import Array, JaxlmError, Tree
+from jaxlm.types import Array, Tree
 
 # Dropout of each branch's output; attention.py has sites 0 and 1.
 BRANCH_SITES = {'attention': 2, 'cross': 3, 'mlp': 4}

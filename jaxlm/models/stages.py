@@ -10,9 +10,10 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import NamedSharding, PartitionSpec
 
+from jaxlm.errors import JaxlmError
 from jaxlm.models.attention import Context
 from jaxlm.sharding import Layout
-from jaxlm.types import Array, JaxlmError, Tree
+from jaxlm.types import Array, Tree
 
 # Letters here: S stages, R rounds, J repeats of a stage in a round, M microbatches, P devices that have rows of their
 # own; b rows of a microbatch on one of them.

@@ -7,6 +7,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from jaxlm.errors import JaxlmError
 from jaxlm.lookup import lookup
 from jaxlm.models.attention import Context, Tokens
 from jaxlm.models.config import ModelConfig
@@ -16,7 +17,7 @@ from jaxlm.models.positions import (POSITIONS, BucketBias, alibi_bias, alibi_slo
                                     sinusoidal)
 from jaxlm.models.stack import Aux, Block, BlockCache, Stack, add, init_cache
 from jaxlm.sharding import Layout
-from jaxlm.types import Array, JaxlmError, Output
+from jaxlm.types import Array, Output
 
 # Up to so many rows the output matrix, which is large, comes first in a product: on a CPU 2.4 times as fast at 8 rows of
 # 50,304 logits. The barrier keeps XLA from turning it back.

@@ -10,10 +10,11 @@ from typing import Any, Iterator, Sequence
 
 import numpy as np
 
+from jaxlm import programs
+from jaxlm.errors import RunFailed
 from jaxlm.models import cost
 from jaxlm.speed import machine
 from jaxlm.speed.shapes import SHAPES, assembled
-from jaxlm.types import RunFailed
 
 SIDES = ('jaxlm', 'transformers', 'transformers-compiled')
 WARM = 20    # steps before time is taken, whose losses are compared
@@ -35,7 +36,7 @@ class Side:
     self.name, self._log = name, tempfile.TemporaryFile('w+')
     self._process = subprocess.Popen(
         [sys.executable, '-m', 'jaxlm.speed.worker', name, job, shape, folder], stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE, stderr=self._log, text=True)
+        stdout=subprocess.PIPE, stderr=self._log, text=True, env=_environment(name))
     self._answer()
 
   def _answer(self) -> Any:
@@ -56,6 +57,13 @@ class Side:
     self._process.stdin.close()
     self._process.wait()
     self._log.close()
+
+
+def _environment(side: str) -> dict[str, str]:
+  """What a side runs in: jaxlm as its programs start, peers without what those set."""
+  if side == SIDES[0]:
+    return programs.surroundings(os.environ)
+  return {name: value for name, value in os.environ.items() if name != programs.PAGES}
 
 
 @contextlib.contextmanager

@@ -4,8 +4,8 @@ from typing import Any
 
 import numpy as np
 
+from jaxlm.errors import JaxlmError
 from jaxlm.speed.shapes import batches
-from jaxlm.types import JaxlmError
 
 
 def _model(folder: str, compiled: bool) -> tuple[Any, Any]:

@@ -6,7 +6,7 @@ import pytest
 from corpora import corpus, tokens_of
 
 from jaxlm.data import exports, store, tokenizers
-from jaxlm.types import JaxlmError
+from jaxlm.errors import JaxlmError
 
 READ_BACK = [('parquet', 'train-*.parquet', 'tokens'), ('parquet', 'train-*.parquet', 'text'),
              ('arrayrecord', 'train-*.arrayrecord', 'tokens'), ('arrayrecord', 'train-*.arrayrecord', 'text'),

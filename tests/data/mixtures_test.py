@@ -5,7 +5,7 @@ from corpora import corpus
 
 from jaxlm import objectives
 from jaxlm.data import mixtures, plans, store, tokenizers
-from jaxlm.types import JaxlmError
+from jaxlm.errors import JaxlmError
 
 
 @pytest.mark.parametrize('temperature', [0.5, 1.0, 1 / 0.3, 100.0])

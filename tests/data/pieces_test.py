@@ -8,7 +8,7 @@ import pytest
 from corpora import corpus, tokens_of
 
 from jaxlm.data import tokenizers
-from jaxlm.types import JaxlmError
+from jaxlm.errors import JaxlmError
 
 spm = pytest.importorskip('sentencepiece')
 pytest.importorskip('google.protobuf')

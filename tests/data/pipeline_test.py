@@ -11,7 +11,8 @@ from corpora import corpus
 from jaxlm import config as configs
 from jaxlm import objectives
 from jaxlm.data import pipeline, plans, store
-from jaxlm.types import BATCH, JaxlmError
+from jaxlm.errors import JaxlmError
+from jaxlm.types import BATCH
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from corpora import corpus
 from jaxlm import config as configs
 from jaxlm import objectives
 from jaxlm.data import mixtures, plans, store
-from jaxlm.types import JaxlmError
+from jaxlm.errors import JaxlmError
 
 # ---- permutations ------------------------------------------------------------------------------------------------
 

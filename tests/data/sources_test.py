@@ -8,7 +8,7 @@ import zstandard
 
 from jaxlm import config as configs
 from jaxlm.data import files, sources
-from jaxlm.types import JaxlmError
+from jaxlm.errors import JaxlmError
 
 TEXTS = ['first', 'sécond\nline', 'third \ud83d\ude42'.encode('utf-16', 'surrogatepass').decode('utf-16')]
 

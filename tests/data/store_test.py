@@ -16,7 +16,7 @@ from corpora import corpus
 
 from jaxlm import config as configs
 from jaxlm.data import sources, store, tokenizers
-from jaxlm.types import JaxlmError
+from jaxlm.errors import JaxlmError
 
 
 @pytest.fixture(autouse=True)

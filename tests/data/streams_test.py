@@ -7,7 +7,7 @@ from corpora import corpus
 
 from jaxlm import objectives
 from jaxlm.data import pipeline, plans, store
-from jaxlm.types import JaxlmError
+from jaxlm.errors import JaxlmError
 
 PAIRS = [(name, kind) for name, kinds in objectives.FITS.items() for kind in kinds]
 ALL = pytest.mark.parametrize('name, kind', PAIRS)

@@ -7,7 +7,7 @@ from corpora import corpus, restarts_anywhere, tokens_of
 
 from jaxlm import config as configs
 from jaxlm.data import sources, store, tables
-from jaxlm.types import JaxlmError
+from jaxlm.errors import JaxlmError
 
 pyarrow = pytest.importorskip('pyarrow')
 import pyarrow.ipc

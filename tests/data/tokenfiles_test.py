@@ -6,7 +6,7 @@ import pytest
 from corpora import corpus, restarts_anywhere, tokens_of
 
 from jaxlm.data import sources, store, tokenfiles, tokenizers
-from jaxlm.types import JaxlmError
+from jaxlm.errors import JaxlmError
 
 END = 256
 

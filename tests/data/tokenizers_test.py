@@ -7,7 +7,7 @@ import tokenizers as hf
 from tokenizers import decoders, models, normalizers, trainers
 
 from jaxlm.data import tokenizers
-from jaxlm.types import JaxlmError
+from jaxlm.errors import JaxlmError
 
 CORPUS = ['def f(x):\n    if x:\n        return "naïve"\n\n\nclass A:\n    pass\n',
           'The quick brown fox, 123456 times.\r\n',

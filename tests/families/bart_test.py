@@ -5,8 +5,8 @@ import pytest
 
 import jaxlm
 from jaxlm import hf
+from jaxlm.errors import JaxlmError
 from jaxlm.families import bart, transformer2017
-from jaxlm.types import JaxlmError
 from tests.families.parity import check, randomised
 
 torch = pytest.importorskip('torch')

@@ -8,8 +8,8 @@ import tokenizers
 import jaxlm
 import parity
 from jaxlm import hf
+from jaxlm.errors import JaxlmError
 from jaxlm.families import bert
-from jaxlm.types import JaxlmError
 
 transformers = pytest.importorskip('transformers')
 import safetensors.numpy  # noqa: E402

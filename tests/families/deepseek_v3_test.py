@@ -2,8 +2,8 @@
 import pytest
 
 import parity
+from jaxlm.errors import JaxlmError
 from jaxlm.families import deepseek_v3
-from jaxlm.types import JaxlmError
 
 torch = pytest.importorskip('torch')
 transformers = pytest.importorskip('transformers')

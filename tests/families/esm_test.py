@@ -6,8 +6,8 @@ import jaxlm
 import parity
 from jaxlm import convert, hf, programs, weights
 from jaxlm.data import tokenizers
+from jaxlm.errors import JaxlmError
 from jaxlm.families import esm
-from jaxlm.types import JaxlmError
 
 transformers = pytest.importorskip('transformers')
 import torch  # noqa: E402

@@ -4,8 +4,8 @@ import parity
 import pytest
 import transformers
 
+from jaxlm.errors import JaxlmError
 from jaxlm.families import keys
-from jaxlm.types import JaxlmError
 
 
 def tiny(**changes):

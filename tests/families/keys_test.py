@@ -2,9 +2,9 @@
 import pytest
 
 from jaxlm import hf
+from jaxlm.errors import JaxlmError
 from jaxlm.families import gpt2, keys, llama, table
 from jaxlm.models.config import freeze
-from jaxlm.types import JaxlmError
 
 PARTS = dict(head_dim=8, max_length=64)
 

@@ -2,8 +2,8 @@
 import pytest
 
 import parity
+from jaxlm.errors import JaxlmError
 from jaxlm.families import qwen2_moe
-from jaxlm.types import JaxlmError
 
 transformers = pytest.importorskip('transformers')
 

@@ -7,8 +7,9 @@ import pytest
 
 import jaxlm
 from jaxlm import decode, hf, trees
+from jaxlm.errors import JaxlmError
 from jaxlm.families import xlnet
-from jaxlm.types import JaxlmError, Prompt
+from jaxlm.types import Prompt
 from tests.families.parity import check, randomised
 
 torch = pytest.importorskip('torch')

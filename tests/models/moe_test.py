@@ -10,9 +10,9 @@ import pytest
 
 from jaxlm import config as base
 from jaxlm import sharding, trees
+from jaxlm.errors import JaxlmError
 from jaxlm.models.moe import Moe, by_group, capacity, places
 from jaxlm.models.stack import unstack
-from jaxlm.types import JaxlmError
 
 # float32 sums in another order, answers of about 1; measured max 2e-6.
 ATOL = 1e-5

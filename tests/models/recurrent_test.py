@@ -11,12 +11,12 @@ import pytest
 
 from jaxlm import config as base
 from jaxlm import sharding
+from jaxlm.errors import JaxlmError
 from jaxlm.models import recurrent
 from jaxlm.models.attention import Context, Tokens
 from jaxlm.models.recurrent import CELLS, Recurrent, init_cache, starts
 from jaxlm.models.stack import init_cache as model_cache
 from jaxlm.models.stack import unstack
-from jaxlm.types import JaxlmError
 
 MIXERS = tuple(CELLS)
 TORCH = {'rnn': 'RNN', 'gru': 'GRU', 'lstm': 'LSTM'}

@@ -8,10 +8,10 @@ import pytest
 
 from jaxlm import config as base
 from jaxlm import sharding
+from jaxlm.errors import JaxlmError
 from jaxlm.models import kernels, ring
 from jaxlm.models.kernels import Bias, UnsupportedAttention, Visibility
 from jaxlm.models.positions import alibi_bias
-from jaxlm.types import JaxlmError
 
 B, T, N, H = 4, 32, 8, 4
 TOLERANCE = 5e-6  # float32 sums in another order, relative to the largest entry; measured max 8e-7

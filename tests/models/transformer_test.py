@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 
 from jaxlm import trees
+from jaxlm.errors import JaxlmError
 from jaxlm.models import attention as attention_module
 from jaxlm.models import stack as stack_module
 from jaxlm.models import transformer as transformer_module
 from jaxlm.models.config import segments
 from jaxlm.models.positions import POSITIONS, alibi_slopes
 from jaxlm.models.stack import restack, unstack
-from jaxlm.types import JaxlmError
 
 KINDS = tuple(POSITIONS)
 PAIRS = [(kind, kernel) for kind in KINDS for kernel in ('dense', 'blockwise')
