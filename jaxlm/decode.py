@@ -14,12 +14,13 @@ import numpy as np
 
 from jaxlm.errors import JaxlmError
 from jaxlm.models.config import ModelConfig
-from jaxlm.models.stack import BlockCache, init_cache, unstack
+from jaxlm.models.stack import BlockCache, init_cache, join, unstack
 from jaxlm.models.transformer import Transformer
 from jaxlm.sampling import Program, Sampling, bucket, choose, ends, penalised, sampling_numbers, specialised
 from jaxlm.types import Array, Ids, Prompt, Tree
 
 BLOCK = 32   # tokens a row between two looks of the host: a stop string is noticed so many too late at most
+JOINED = 1 << 19  # weights of a matrix that is still small
 NONE = -1    # in arrays of produced ids: nothing was produced here
 
 
@@ -258,10 +259,18 @@ def _advance(model: Transformer, params: Tree, program: Program, cache: list[Blo
   return logits_BV, cache, seen_BV
 
 
-def _single_token(model: Transformer) -> Transformer:
-  """The same model for one token at a time, whose scores are few: kernels that cut them in blocks only cost."""
-  attention = dataclasses.replace(model.config.attention, kernel='dense')
-  return Transformer(dataclasses.replace(model.config, attention=attention), model.layout)
+def _single_token(model: Transformer, params: Tree, rows: int) -> tuple[Transformer, Tree]:
+  """The same for one token at a time, whose scores are few: kernels that cut them in blocks only cost.
+
+  A product of a row with few weights runs on one core, which does not read as fast as the memory gives: then the matrices
+  of queries, keys and values are made one.
+  """
+  config, attention = model.config, model.config.attention
+  size = config.width * attention.num_heads * attention.head_dim
+  plain = config.mixer == 'attention' and config.structure != 'two_stream' and not attention.latent.kv_rank
+  joined = rows == 1 and plain and size < JOINED and model.layout.mesh.size == 1 and not config.share_layers
+  config = dataclasses.replace(config, attention=dataclasses.replace(attention, kernel='dense'), joined=joined)
+  return Transformer(config, model.layout), join(params, config) if joined else params
 
 
 def _cache_length(model: Transformer, needed: int) -> int:
@@ -307,7 +316,7 @@ def _start(model, params, program, numbers, inputs, length) -> tuple[Rows, Array
 @functools.partial(jax.jit, static_argnames=('model', 'program'), donate_argnames=('state',))
 def _block(model, params, program, numbers, state, stopped_B, steps) -> tuple[Rows, Array]:
   """Up to BLOCK more tokens, fewer where `steps` is less or all rows ended: (state, ids [B, BLOCK])."""
-  state = state.replace(done_B=state.done_B | stopped_B)
+  state, (model, params) = state.replace(done_B=state.done_B | stopped_B), _single_token(model, params, len(stopped_B))
 
   def more(carry):
     step, state, _ = carry
@@ -315,8 +324,8 @@ def _block(model, params, program, numbers, state, stopped_B, steps) -> tuple[Ro
 
   def body(carry):
     step, state, ids_BT = carry
-    logits_BV, cache, seen_BV = _advance(_single_token(model), params, program, state.cache, state.seen_BV,
-                                         state.inputs, state.newest_B, state.columns_B, ~state.done_B)
+    logits_BV, cache, seen_BV = _advance(model, params, program, state.cache, state.seen_BV, state.inputs,
+                                         state.newest_B, state.columns_B, ~state.done_B)
     columns_B = state.columns_B + ~state.done_B
     ids_B = choose(program, numbers, logits_BV, seen_BV, state.inputs.rows_B, columns_B)
     ids_BT = jax.lax.dynamic_update_slice_in_dim(ids_BT, jnp.where(state.done_B, NONE, ids_B)[:, None], step, axis=1)
@@ -435,12 +444,12 @@ def _search(model, params, program, numbers, inputs, steps, length_penalty, leng
     row_R = (first_row_B1 + pick(beam_BC)).reshape(-1)
     cache, seen_RV = jax.tree.map(lambda x: x[row_R], (beams.cache, beams.seen_RV))
     logits_RV, cache, seen_RV = _advance(
-        _single_token(model), params, program, cache, seen_RV, spread(_continued(inputs)), pick(id_BC).reshape(-1),
+        *single, program, cache, seen_RV, spread(_continued(inputs)), pick(id_BC).reshape(-1),
         jnp.repeat(inputs.lengths_B, W) + step, jnp.isfinite(total_BW).reshape(-1))
     return step + 1, Beams(cache, seen_RV, logits_RV, jnp.take_along_axis(ids_BCT, kept_BW[:, :, None], axis=1),
                            total_BW, best_ids_BT, jnp.maximum(ended_B, beams.best_B))
 
-  logits_BV, cache, seen_BV = _prefill(model, params, program, inputs, length)
+  single, (logits_BV, cache, seen_BV) = _single_token(model, params, B * W), _prefill(model, params, program, inputs, length)
   # All beams of a row are one beam at first; rows that only fill the batch have none.
   total_BW = jnp.where((jnp.arange(W) == 0) & (inputs.lengths_B > 0)[:, None], 0.0, -jnp.inf)
   beams = Beams(spread(cache), spread(seen_BV), spread(logits_BV), jnp.full((B, W, size), NONE, jnp.int32), total_BW,

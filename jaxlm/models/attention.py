@@ -15,6 +15,7 @@ from jaxlm.sharding import Layout
 from jaxlm.types import Array
 
 SCOPE = 'attend'  # in names of a compiled program's instructions: the kernel's
+PARTS, JOINED = ('query', 'key', 'value'), 'query_key_value'  # projections, and all of them as one
 ATTENTION_SITE, CROSS_SITE = 0, 1  # of dropout; stack.py numbers the others
 
 
@@ -81,15 +82,15 @@ class LayerCache:
   smaller one is a ring that keeps the last window. Slots never written have segment 0, which nobody sees. Latent
   attention keeps its latents and the rotated key as `k`, and no values.
   """
-  k: Array        # [B, S, K, H]
-  v: Array        # [B, S, K, H]
+  k: Array        # [B, K, S, H]: kernels read a head's keys one after the other
+  v: Array        # [B, K, S, H]
   tokens: Tokens  # [B, S] each
 
 
 def init_cache(config: ModelConfig, batch: int, slots: int) -> LayerCache:
   """An empty cache of one layer."""
   attention, latent = config.attention, config.attention.latent
-  zeros = lambda *shape: jnp.zeros((batch, slots, *shape), config.dtype)
+  zeros = lambda K, H: jnp.zeros((batch, K, slots, H), config.dtype)
   k, v = zeros(attention.num_kv_heads, attention.head_dim), zeros(attention.num_kv_heads, attention.head_dim)
   if latent.kv_rank:
     k, v = zeros(1, latent.kv_rank + latent.rope_dim), zeros(1, 0)
@@ -98,14 +99,21 @@ def init_cache(config: ModelConfig, batch: int, slots: int) -> LayerCache:
 
 def _write(cache: LayerCache, k_BTKH: Array, v_BTKH: Array, tokens: Tokens, slots_BT: Array) -> LayerCache:
   """The cache with new tokens in their slots; padding, and what a ring would overwrite at once, is dropped."""
-  slots = cache.k.shape[1]
+  slots = cache.k.shape[2]
   last_B1 = jnp.where(tokens.segments > 0, slots_BT, -1).max(axis=1, keepdims=True)
   kept_BT = (tokens.segments > 0) & (slots_BT > last_B1 - slots)
   slot_BT = jnp.where(kept_BT, slots_BT % slots, slots)
   # A row at a time: where rows are spread over devices, each writes its own.
-  put_row = jax.vmap(lambda old, new, slot_T: old.at[slot_T].set(new.astype(old.dtype), mode='drop'))
-  put = lambda old, new: put_row(old, new, slot_BT)
-  return LayerCache(put(cache.k, k_BTKH), put(cache.v, v_BTKH), jax.tree.map(put, cache.tokens, tokens))
+  heads = jnp.arange(cache.k.shape[1])[:, None]
+  put_heads = jax.vmap(lambda old, new, slot_T: old.at[heads, slot_T].set(new.astype(old.dtype), mode='drop'))
+  put = jax.vmap(lambda old, new, slot_T: old.at[slot_T].set(new, mode='drop'))
+  return LayerCache(put_heads(cache.k, _turned(k_BTKH), slot_BT), put_heads(cache.v, _turned(v_BTKH), slot_BT),
+                    jax.tree.map(lambda old, new: put(old, new, slot_BT), cache.tokens, tokens))
+
+
+def _turned(x: Array) -> Array:
+  """[B, T, K, H] as [B, K, T, H], and back."""
+  return jnp.swapaxes(x, 1, 2)
 
 
 def _extend(cache: LayerCache, k_BTKH: Array, v_BTKH: Array, tokens: Tokens, slots_BT: Array,
@@ -113,10 +121,11 @@ def _extend(cache: LayerCache, k_BTKH: Array, v_BTKH: Array, tokens: Tokens, slo
   """(the new cache, then the keys, values and their tokens that this call's queries look at)."""
   new = _write(cache, k_BTKH, v_BTKH, tokens, slots_BT)
   # A ring may drop what an early query of this call still sees, so then old and new stand side by side.
-  if slots_BT.shape[1] == 1 or not window or slots_BT.shape[1] + window - 1 <= cache.k.shape[1]:
-    return new, new.k, new.v, new.tokens
+  if slots_BT.shape[1] == 1 or not window or slots_BT.shape[1] + window - 1 <= cache.k.shape[2]:
+    return new, _turned(new.k), _turned(new.v), new.tokens
   join = lambda old, fresh: jnp.concatenate([old, fresh.astype(old.dtype)], axis=1)
-  return new, join(cache.k, k_BTKH), join(cache.v, v_BTKH), jax.tree.map(join, cache.tokens, tokens)
+  return (new, join(_turned(cache.k), k_BTKH), join(_turned(cache.v), v_BTKH),
+          jax.tree.map(join, cache.tokens, tokens))
 
 
 class Attention(nn.Module):
@@ -184,14 +193,19 @@ class Attention(nn.Module):
       axes = ('head_dim',) if attention.qk_norm == 'head' else ('heads', 'head_dim')
       norm = lambda x, axis, name: Norm(config, (axis, 'head_dim')[-len(axes):], 2 if attention.qk_norm == 'all' else 1,
                                         name=name)(x)
-    q_BTNH = norm(pin(project(x_BTD, attention.num_heads, 'heads', 'query'), 'act_heads'), 'heads', 'query_norm')
-    if self.cross and context.source is None:
-      return q_BTNH, cache.k, cache.v, cache.tokens, cache
-    y_BSD, seen = context.source if self.cross else (x_BTD[:, :context.num_keys], context.seen)
-    k_BSKH = norm(pin(project(y_BSD, attention.num_kv_heads, 'kv_heads', 'key'), 'kv_heads'), 'kv_heads', 'key_norm')
-    v_BSKH = pin(project(y_BSD, attention.num_kv_heads, 'kv_heads', 'value'), 'kv_heads')
+    N, K, seen = attention.num_heads, attention.num_kv_heads, context.seen
+    if config.joined and not self.cross:
+      all_BTXH = project(x_BTD, N + 2 * K, 'heads', JOINED)
+      q_BTNH, k_BSKH, v_BSKH = jnp.split(all_BTXH, (N, N + K), axis=2)
+    else:
+      q_BTNH = pin(project(x_BTD, N, 'heads', 'query'), 'act_heads')
+      if self.cross and context.source is None:
+        return norm(q_BTNH, 'heads', 'query_norm'), _turned(cache.k), _turned(cache.v), cache.tokens, cache
+      y_BSD, seen = context.source if self.cross else (x_BTD[:, :context.num_keys], seen)
+      k_BSKH, v_BSKH = (pin(project(y_BSD, K, 'kv_heads', name), 'kv_heads') for name in PARTS[1:])
+    q_BTNH, k_BSKH = norm(q_BTNH, 'heads', 'query_norm'), norm(k_BSKH, 'kv_heads', 'key_norm')
     if self.cross:
-      return q_BTNH, k_BSKH, v_BSKH, seen, None if cache is None else LayerCache(k_BSKH, v_BSKH, seen)
+      return q_BTNH, k_BSKH, v_BSKH, seen, None if cache is None else LayerCache(_turned(k_BSKH), _turned(v_BSKH), seen)
     if (rotations := context.rotations_of(window)) is not None:
       interleaved, of_keys = config.positions.rope.interleaved, slice(None, context.num_keys)
       q_BTNH = apply_rope(q_BTNH, rotations, interleaved)

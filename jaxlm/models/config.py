@@ -198,6 +198,7 @@ class ModelConfig:
   visibility: str = 'causal'
   compute_dtype: str = 'float32'
   param_dtype: str = 'float32'
+  joined: bool = False  # one matrix makes queries, keys and values: `stack.join`
 
   @property
   def padded_vocab(self) -> int:
