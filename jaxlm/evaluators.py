@@ -6,7 +6,7 @@ from typing import Any, Callable, Iterator, Sequence
 
 import jax
 
-from jaxlm import decode, losses, sharding
+from jaxlm import decode, losses, reading, sharding
 from jaxlm.data.pipeline import HeldoutBatches
 from jaxlm.models import stages
 from jaxlm.models.transformer import Transformer
@@ -90,7 +90,7 @@ class Evaluators:
   def samples(self, params: Tree, step: int) -> Iterator[tuple[str, str]]:
     """(prompt, continuation) of each prompt in the config; a prompt starts as documents do."""
     settings, vocab = self._config.eval, self._tokenizer.vocab
-    if not settings.prompts or not decode.continues(self._model.config):
+    if not settings.prompts or not reading.continues(self._model.config):
       return
     start = [vocab.first] if self._config.data.bos and vocab.first is not None else []
     encoded, first = zip(*map(self._tokenizer.encode_prompt, settings.prompts))

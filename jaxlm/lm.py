@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlm import decode, losses, trees
+from jaxlm import decode, losses, reading, trees
 from jaxlm.data import tokenizers
 from jaxlm.errors import JaxlmError
 from jaxlm.models.transformer import Transformer, pool
@@ -49,7 +49,7 @@ class LM:
     if layout is not None:
       model = Transformer(model.config, layout)
     self.config, self.tokenizer = config, tokenizer
-    self.model, self.params = decode.unrolled(model, params)
+    self.model, self.params = reading.unrolled(model, params)
     self.layout, self.mesh = self.model.layout, self.model.layout.mesh
     self._encodes = model.config.structure == 'encoder_decoder'
     self._prompting = prompting or Prompt
@@ -141,8 +141,8 @@ class LM:
     real_BT = np.ones(tokens_BT.shape, bool) if mask is None else np.asarray(mask).astype(bool)
     if real_BT.shape != tokens_BT.shape:
       raise JaxlmError(f'mask must have the shape of {name}, {tokens_BT.shape}; got {real_BT.shape}.')
-    decode.check_tokens(tokens_BT, self.model.config.vocab_size, name)
-    decode.check_length(self.model, int(real_BT.sum(1).max()), 'The longest row', 'Give shorter rows.')
+    reading.check_tokens(tokens_BT, self.model.config.vocab_size, name)
+    reading.check_length(self.model, int(real_BT.sum(1).max()), 'The longest row', 'Give shorter rows.')
     return tokens_BT.astype(np.int32), real_BT
 
   # ---- text ------------------------------------------------------------------------------------------------------
@@ -206,7 +206,7 @@ class LM:
       batch_size: pairs scored at once.
     """
     self._needs_head('score')
-    if not decode.continues(self.model.config):
+    if not reading.continues(self.model.config):
       raise JaxlmError('This model sees both sides of a token, so it gives no probability of a continuation; '
                        "use one trained with objective.name='causal'.")
     if isinstance(contexts, str) or isinstance(continuations, str) or len(contexts) != len(continuations):
@@ -241,7 +241,7 @@ class LM:
     for row, found in enumerate(ids):
       if not found:
         raise JaxlmError(f'Text {row} is empty, and this model has no token that begins a text; leave it out.')
-      decode.check_length(self.model, len(found), f'Text {row}', 'Cut it into pieces.')
+      reading.check_length(self.model, len(found), f'Text {row}', 'Cut it into pieces.')
     means = np.zeros((len(texts), self.model.config.width), np.float32)
     prompts = [Prompt([0], found) if self._encodes else Prompt(found) for found in ids]
     for rows, inputs in self._batches(prompts, batch_size):
@@ -261,7 +261,7 @@ class LM:
 
   def _ids(self, text: Text) -> list[int]:
     if not isinstance(text, str):
-      decode.check_tokens(np.asarray(text), self.model.config.vocab_size, 'A list of ids')
+      reading.check_tokens(np.asarray(text), self.model.config.vocab_size, 'A list of ids')
       return [int(i) for i in text]
     self._needs_tokenizer('Text')
     return self.start + self.tokenizer.encode(text)
@@ -297,7 +297,7 @@ class LM:
         raise JaxlmError(f'Pair {row} has an empty context, and this model has no token that begins a text; '
                          'give a context.')
       ids = [first] + ids
-    decode.check_length(self.model, count, f'Continuation {row}', 'Score it in pieces.')
+    reading.check_length(self.model, count, f'Continuation {row}', 'Score it in pieces.')
     if self.model.config.positions.kind == 'learned':
       ids = ids[-(self.model.config.max_length + 1):]
     if not count:
@@ -318,13 +318,13 @@ class LM:
     """Ids up to the one that completes a stop."""
     return next((new[:n] for n in range(1, len(new) + 1) if told(new[:n])), new)
 
-  def _batches(self, prompts: Sequence[Prompt], batch_size: int) -> Iterator[tuple[list[int], decode.Inputs]]:
+  def _batches(self, prompts: Sequence[Prompt], batch_size: int) -> Iterator[tuple[list[int], reading.Inputs]]:
     """Yields (numbers of prompts, those as arrays), like lengths together; empty ones are left out."""
     lengths = [(len(prompt.ids), len(prompt.source)) for prompt in prompts]
     order = sorted((i for i, prompt in enumerate(prompts) if len(prompt.ids)), key=lengths.__getitem__)
     for start in range(0, len(order), batch_size):
       rows = order[start:start + batch_size]
-      yield rows, decode.pad(self.model, [prompts[i] for i in rows])
+      yield rows, reading.pad(self.model, [prompts[i] for i in rows])
 
 
 def _listed(given: Any) -> tuple[bool, list[Text]]:
@@ -358,7 +358,7 @@ def _described(value: Any) -> str:
 
 
 def _batch(config: Any, rows: tuple[Array, Array], source: tuple[Array, Array] | None = None) -> dict[str, Array]:
-  batch = decode.batch_of(config, *map(jnp.asarray, rows))
+  batch = reading.batch_of(config, *map(jnp.asarray, rows))
   if source is not None:
     batch |= {'source_tokens': jnp.asarray(source[0]), 'source_segment_ids': jnp.asarray(source[1], jnp.int32)}
   return batch
@@ -376,11 +376,11 @@ def _real(ids_BT: Array, lengths_B: Array) -> Array:
 
 
 @functools.partial(jax.jit, static_argnames='model')
-def _scores(model: Transformer, params: Tree, inputs: decode.Inputs, targets_BT: Array,
+def _scores(model: Transformer, params: Tree, inputs: reading.Inputs, targets_BT: Array,
             weights_BT: Array) -> tuple[Array, Array]:
   """(log-probability of the targets that count, summed; how many of them are the likeliest), [B] each."""
-  batch = decode.batch_of(model.config, inputs.tokens_BT, _real(inputs.tokens_BT, inputs.lengths_B), inputs)
-  out = model.apply({'params': params}, batch | decode.sources(inputs), with_logits=False)
+  batch = reading.batch_of(model.config, inputs.tokens_BT, _real(inputs.tokens_BT, inputs.lengths_B), inputs)
+  out = model.apply({'params': params}, batch | reading.sources(inputs), with_logits=False)
   unembedding = model.apply({'params': params}, method='unembedding')
   vocabulary = losses.Vocabulary(model.config.vocab_size, model.config.logit_softcap, 0.0, 0.0,
                                  max(1, SCORED // targets_BT.shape[0]), model.layout)
@@ -390,9 +390,9 @@ def _scores(model: Transformer, params: Tree, inputs: decode.Inputs, targets_BT:
 
 
 @functools.partial(jax.jit, static_argnames='model')
-def _means(model: Transformer, params: Tree, inputs: decode.Inputs) -> Array:
+def _means(model: Transformer, params: Tree, inputs: reading.Inputs) -> Array:
   if inputs.source_BS is not None:
-    hidden_BSD, tokens = model.apply({'params': params}, decode.sources(inputs), method='encode')
+    hidden_BSD, tokens = model.apply({'params': params}, reading.sources(inputs), method='encode')
     mean_BD = pool(hidden_BSD, tokens.segments, 'mean')
   else:
     real_BT = _real(inputs.tokens_BT, inputs.lengths_B)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from jaxlm import config as base
-from jaxlm import decode, sharding
+from jaxlm import beams, decode, reading, sharding
 from jaxlm.errors import JaxlmError
 from jaxlm.models.config import freeze
 from jaxlm.models.transformer import Transformer
@@ -83,16 +83,16 @@ def test_cached_decoding_equals_the_full_forward(kind, windows):
   model, params = make(kind, windows)
   text = np.random.default_rng(0).integers(0, VOCAB, 24).tolist()
   cuts = (5, 9)  # of two rows with unequal prompts, the rest read one by one, further than any window's ring
-  inputs = decode.pad(model, [Prompt(text[:cut]) for cut in cuts])
+  inputs = reading.pad(model, [Prompt(text[:cut]) for cut in cuts])
   program = specialised(VOCAB, Sampling(), ())
   rest_BT = np.asarray([text[cut:cut + 15] for cut in cuts], np.int32)
 
   @jax.jit
   def cached(params, inputs, rest_BT):
-    logits_BV, cache, _ = decode._prefill(model, params, program, inputs, 32)
+    logits_BV, cache, _ = reading.prefill(model, params, program, inputs, 32)
     def step(carry, ids_B):
       cache, position_B = carry
-      logits_BV, cache, _ = decode._advance(model, params, program, cache, None, inputs, ids_B, position_B,
+      logits_BV, cache, _ = reading.advance(model, params, program, cache, None, inputs, ids_B, position_B,
                                                   jnp.ones(2, bool))
       return (cache, position_B + 1), logits_BV
     (cache, _), after_TBV = jax.lax.scan(step, (cache, inputs.lengths_B), rest_BT.T)
@@ -264,8 +264,8 @@ def test_wide_beams_find_the_best_of_all_continuations(enumerable, length_penalt
 def test_one_beam_is_greedy(tiny):
   model, params = tiny
   greedy = decode.generate(model, params, PROMPTS, 12, eos=[7])
-  ids_BT = decode._beams(model, params, decode.pad(model, [Prompt(ids) for ids in PROMPTS]), 64, 12, Sampling(length_penalty=0.0), [7])
-  assert [[i for i in ids if i != decode.NONE] for ids in ids_BT.tolist()] == greedy
+  ids_BT = beams.search(model, params, reading.pad(model, [Prompt(ids) for ids in PROMPTS]), 64, 12, Sampling(length_penalty=0.0), [7])
+  assert [[i for i in ids if i != reading.NONE] for ids in ids_BT.tolist()] == greedy
 
 
 def test_beams_of_windowed_caches_follow_their_rows():

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlm import decode, lm
+from jaxlm import decode, lm, reading
 from jaxlm.errors import JaxlmError
 from jaxlm.sampling import Sampling
 from tests.matrix_test import config_of, small
@@ -21,7 +21,7 @@ CONTINUED = [('causal', 'recurrent'), ('prefix', 'decoder'), ('infilling', 'deco
 def forward(model, params, inputs):
   """Logits [B, T, V] of whole rows, without a cache."""
   real_BT = jnp.arange(inputs.tokens_BT.shape[1]) < inputs.lengths_B[:, None]
-  batch = decode.batch_of(model.config, inputs.tokens_BT, real_BT, inputs) | decode.sources(inputs)
+  batch = reading.batch_of(model.config, inputs.tokens_BT, real_BT, inputs) | reading.sources(inputs)
   return model.apply({'params': params}, batch).logits
 
 
@@ -30,10 +30,10 @@ def test_greedy_tokens_are_the_likeliest_of_the_full_forward(name, kind):
   objective, model, params = small(name, kind)
   rng = np.random.default_rng(0)
   prompts = [objective.prompt(rng.integers(97, 120, n).tolist()) for n in (7, 3)]
-  model, params = decode.unrolled(model, params)
+  model, params = reading.unrolled(model, params)
   got = decode.generate(model, params, prompts, NEW, Sampling())
   whole = [type(p)(list(p.ids) + new, p.source, p.context, p.blank) for p, new in zip(prompts, got)]
-  logits_BTV = np.asarray(forward(model, params, decode.pad(model, whole)))[..., :model.config.vocab_size]
+  logits_BTV = np.asarray(forward(model, params, reading.pad(model, whole)))[..., :model.config.vocab_size]
   for row, (prompt, new) in enumerate(zip(prompts, got)):
     for i, token in enumerate(new):
       logits_V = logits_BTV[row, len(prompt.ids) - 1 + i]

@@ -178,7 +178,7 @@ def cached(rounds: int) -> Iterator[Line]:
   """GPT-2 124M's shape with random weights, batch 1, 16 tokens after 64."""
   import jax
   import numpy as np
-  from jaxlm import decode as decoding, sharding
+  from jaxlm import reading as decoding, sharding
   from jaxlm.families import gpt2
   from jaxlm.state import build_model
   config = config_module.default()
@@ -186,7 +186,7 @@ def cached(rounds: int) -> Iterator[Line]:
   model = build_model(config, 50257, 'causal', sharding.single(config.sharding.rules))
   import flax.linen as nn
   params = nn.meta.unbox(jax.jit(model.init)(jax.random.key(0), {'tokens': np.zeros((1, 8), np.int32)})['params'])
-  model, params = decoding.unrolled(model, params)
+  model, params = reading.unrolled(model, params)
   prompt = np.random.default_rng(0).integers(0, 50257, 64)
   forward = jax.jit(lambda params, tokens: model.apply({'params': params}, {'tokens': tokens}).logits[0, -1])
   def naive():

@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxlm import decode, hf
+from jaxlm import decode, hf, reading
 from jaxlm.speed.shapes import assembled, batches
 
 
@@ -40,7 +40,7 @@ class Generator:
     params = parts.shapes.fresh(config.seed)[0].params
     if not os.path.exists(os.path.join(folder, 'config.json')):
       hf.save_folder(folder, parts.model.config, jax.device_get(params))
-    self.model, self.params = decode.unrolled(parts.model, params)
+    self.model, self.params = reading.unrolled(parts.model, params)
 
   def run(self, prompts: np.ndarray, steps: int) -> list[list[int]]:
     """`steps` ids after each of the prompts [B, P]."""

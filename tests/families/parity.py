@@ -19,7 +19,7 @@ pytest.importorskip('transformers')
 import safetensors.numpy  # noqa: E402
 
 import jaxlm  # noqa: E402
-from jaxlm import decode, hf, losses, trees  # noqa: E402
+from jaxlm import hf, losses, reading, trees  # noqa: E402
 from jaxlm.families import table  # noqa: E402
 
 ATOL = 1e-4          # float32, other kernels: logits of about 3, the bound
@@ -61,7 +61,7 @@ def check(tmp_path: Any, model: Any, *, gradients: bool = False, greedy: bool = 
   if packed:
     packs(lm, rows, atol)
   goes_back(tmp_path, model, lm, batch, atol)
-  if greedy and hasattr(model, 'generate') and model.can_generate() and decode.continues(lm.model.config):
+  if greedy and hasattr(model, 'generate') and model.can_generate() and reading.continues(lm.model.config):
     continues_alike(model, lm, batch)
   if gradients:
     learns_alike(tmp_path, model, lm, batch, atol)
@@ -109,7 +109,7 @@ class Rows:
       want = next(getattr(out, name) for name in names if hasattr(out, name))
       np.testing.assert_allclose(lm.scores(*self.of_ours()), want.numpy(), atol=atol)
     if head.labels == 'none' and head.pooler != 'none':
-      batch = decode.batch_of(lm.model.config, jnp.asarray(self.tokens, jnp.int32), jnp.asarray(self.mask))
+      batch = reading.batch_of(lm.model.config, jnp.asarray(self.tokens, jnp.int32), jnp.asarray(self.mask))
       pooled = jax.jit(lambda params: lm.model.apply({'params': params}, batch).scores)(lm.params)
       np.testing.assert_allclose(pooled, out.pooler_output.numpy(), atol=atol)
 
@@ -190,7 +190,7 @@ def learns_alike(tmp_path: Any, model: Any, lm: Any, batch: Rows, atol: float) -
   model.save_pretrained(tmp_path / 'gradients')
   want = trees.flatten(hf.load_folder(tmp_path / 'gradients').params)
 
-  ours = decode.batch_of(lm.model.config, jnp.asarray(batch.tokens, jnp.int32), jnp.asarray(batch.mask))
+  ours = reading.batch_of(lm.model.config, jnp.asarray(batch.tokens, jnp.int32), jnp.asarray(batch.mask))
   if batch.encodes:
     ours |= {'source_tokens': jnp.asarray(batch.source, jnp.int32),
              'source_segment_ids': jnp.asarray(batch.source_mask, jnp.int32)}

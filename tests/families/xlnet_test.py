@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import jaxlm
-from jaxlm import decode, hf, trees
+from jaxlm import hf, reading, trees
 from jaxlm.errors import JaxlmError
 from jaxlm.families import xlnet
 from jaxlm.types import Prompt
@@ -109,9 +109,9 @@ def test_the_first_greedy_token_is_theirs_and_the_others_those_of_a_forward_pass
       first = model.generate(torch.tensor(ids[None]), max_new_tokens=1, do_sample=False, pad_token_id=0)[0, -1]
     new = lm.generate([ids.tolist()], max_new_tokens=8)[0]
     assert new[0] == int(first)
-    inputs = decode.pad(lm.model, [Prompt([*ids.tolist(), *new[:-1]], context=len(ids))])
+    inputs = reading.pad(lm.model, [Prompt([*ids.tolist(), *new[:-1]], context=len(ids))])
     real = np.arange(inputs.tokens_BT.shape[1]) < inputs.lengths_B[:, None]
-    batch = decode.batch_of(lm.model.config, jnp.asarray(inputs.tokens_BT), jnp.asarray(real), inputs)
+    batch = reading.batch_of(lm.model.config, jnp.asarray(inputs.tokens_BT), jnp.asarray(real), inputs)
     logits_TV = run(batch)[0, len(ids) - 1:int(inputs.lengths_B[0]), :97]
     assert new == np.argmax(logits_TV, -1).tolist()
 

@@ -1,0 +1,216 @@
+"""A model that reads: prompts as arrays, all of a prompt into a cache, then a token at a time.
+
+Prompts of unequal length are padded on the right to a few sizes, so that programs are few.
+"""
+import dataclasses
+from typing import Any, Sequence
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxlm.errors import JaxlmError
+from jaxlm.models.config import ModelConfig
+from jaxlm.models.stack import BlockCache, init_cache, join, unstack
+from jaxlm.models.transformer import Transformer
+from jaxlm.sampling import Program, bucket
+from jaxlm.types import Array, Prompt, Tree
+
+JOINED = 1 << 19  # weights of a matrix that is still small
+NONE = -1         # in arrays of produced ids: nothing was produced here
+
+
+def unrolled(model: Transformer, params: Tree) -> tuple[Transformer, Tree]:
+  """The model that decodes, a layer after the other, and its parameters; what trains scans over layers stacked."""
+  config = dataclasses.replace(model.config, scan=False, remat='none')
+  # One token has no length to split.
+  columns = 'act_length', 'act_stream'
+  rules = tuple((logical, None if logical in columns else axes) for logical, axes in model.layout.rules)
+  if model.config.scan:
+    params = _unstack(params, config, model.layout)
+  return Transformer(config, dataclasses.replace(model.layout, rules=rules)), params
+
+
+_unstack = jax.jit(unstack, static_argnames=('config', 'layout'))
+
+
+def check_tokens(tokens: np.ndarray, vocab_size: int, what: str) -> None:
+  """Raises JaxlmError where ids are outside the vocabulary, which an array lookup would turn into NaN silently."""
+  tokens = np.asarray(tokens)
+  if tokens.size and not np.issubdtype(tokens.dtype, np.integer):
+    raise JaxlmError(f'{what}: wanted token ids, got {tokens.dtype}; encode text with the tokenizer first.')
+  wrong = tokens[(tokens < 0) | (tokens >= vocab_size)]
+  if wrong.size:
+    raise JaxlmError(f'{what}: token id {wrong.flat[0]} is outside the vocabulary, 0 to {vocab_size - 1}; '
+                     "use this model's own tokenizer.")
+
+
+def check_length(model: Transformer, needed: int, what: str, remedy: str) -> None:
+  """Raises JaxlmError where a row would be longer than the positions a model learned; other kinds have no end."""
+  config = model.config
+  if config.positions.kind == 'learned' and needed > config.max_length:
+    raise JaxlmError(f'{what} needs {needed} positions; the model learned {config.max_length}. {remedy}')
+
+
+@flax.struct.dataclass
+class Inputs:
+  """Prompts as arrays. Rows that only fill the batch up have length 0.
+
+  Attributes:
+    tokens_BT: ids, padded on the right.
+    lengths_B: tokens of each row that are real.
+    rows_B: the row's number, which keys its draws.
+    context_B, blank_B: as in `Prompt`.
+    source_BS: what the encoder reads, padded on the right, or None.
+    source_lengths_B: tokens of it that are real, or None.
+    allowed_BV: which ids may be the first new one, or None: any.
+  """
+  tokens_BT: Any
+  lengths_B: Any
+  rows_B: Any
+  context_B: Any
+  blank_B: Any
+  source_BS: Any = None
+  source_lengths_B: Any = None
+  allowed_BV: Any = None
+
+
+def pad(model: Transformer, prompts: Sequence[Prompt], rows: Sequence[int] | None = None) -> Inputs:
+  """Prompts of unequal length as arrays; as many rows as a power of two a part of the mesh's batch axes.
+
+  Args:
+    prompts: one at least.
+    rows: their numbers; None: 0, 1, ….
+  """
+  parts = model.layout.batch_parts
+  B = parts * bucket(-(-len(prompts) // parts), 1)
+
+  def filled(sequences):
+    ids_BT, lengths_B = np.zeros((B, bucket(max(map(len, sequences)))), np.int32), np.zeros(B, np.int32)
+    for i, ids in enumerate(sequences):
+      ids_BT[i, :len(ids)], lengths_B[i] = ids, len(ids)
+    return ids_BT, lengths_B
+
+  column = lambda values: np.pad(np.array(list(values), np.int32), (0, B - len(prompts)))
+  source = filled([p.source for p in prompts]) if model.config.structure == 'encoder_decoder' else (None, None)
+  return Inputs(*filled([p.ids for p in prompts]), column(range(len(prompts)) if rows is None else rows),
+                column(p.context for p in prompts),
+                column(p.blank for p in prompts), *source)
+
+
+def places(config: ModelConfig, inputs: Inputs, columns_BT: Array) -> dict[str, Array]:
+  """What a batch says of the tokens in these columns of prompts and their continuations."""
+  context_B1 = inputs.context_B[:, None]
+  order_BT = jnp.maximum(columns_BT - context_B1 + 1, 0)
+  filled_BT = (order_BT > 0) & (inputs.blank_B[:, None] >= 0)
+  return {'slots': columns_BT, 'positions': jnp.where(filled_BT, inputs.blank_B[:, None], columns_BT),
+          'order': order_BT, 'block_positions': order_BT}
+
+
+def batch_of(config: ModelConfig, tokens_BT: Array, real_BT: Array, inputs: Inputs | None = None,
+             columns_BT: Array | None = None) -> dict[str, Array]:
+  """What the model reads of rows whose tokens are all one document but for padding, wherever that stands.
+
+  Whatever the structure, features of a column predict the token after it (of two streams, the query is there).
+
+  Args:
+    inputs: what the rows are prompts of; None: all is produced, from left to right.
+    columns_BT: of the tokens in their text; None: they are counted.
+  """
+  if columns_BT is None:
+    # Padding stands at 0 too: a learned table has no row for what is beyond its end, and would give NaN.
+    columns_BT = jnp.maximum(jnp.cumsum(real_BT, axis=1, dtype=jnp.int32) - 1, 0)
+  if inputs is None:
+    zeros_B = jnp.zeros(tokens_BT.shape[:1], jnp.int32)
+    inputs = Inputs(None, None, None, zeros_B, zeros_B - 1)
+  segments_BT = real_BT.astype(jnp.int32)
+  batch = {'tokens': tokens_BT, 'segment_ids': segments_BT} | places(config, inputs, columns_BT)
+  if config.structure == 'two_stream':
+    following = places(config, inputs, columns_BT + 1)
+    batch |= {'query_positions': following['positions'], 'query_order': following['order'],
+              'query_segment_ids': segments_BT}
+  return batch
+
+
+def sources(inputs: Inputs) -> dict[str, Array]:
+  """What a batch says of the encoder's side; nothing where there is none."""
+  if inputs.source_BS is None:
+    return {}
+  real_BS = jnp.arange(inputs.source_BS.shape[1]) < inputs.source_lengths_B[:, None]
+  return {'source_tokens': inputs.source_BS, 'source_segment_ids': real_BS.astype(jnp.int32)}
+
+
+def continues(config: ModelConfig) -> bool:
+  """Whether a model can continue a text."""
+  return config.head.lm and config.visibility != 'full'
+
+
+# ---- the model ---------------------------------------------------------------------------------------------------
+
+
+def read(model: Transformer, params: Tree, program: Program, batch: dict[str, Array], cache: list[BlockCache],
+          last_B: Array) -> tuple[Array, list[BlockCache]]:
+  """(float32 logits at column last_B, -inf beyond the vocabulary; the cache with the batch in it)."""
+  out = model.apply({'params': params}, batch, cache, with_logits=False)
+  features_B1E = jnp.take_along_axis(out.features, last_B[:, None, None], axis=1)
+  logits_BV = model.apply({'params': params}, features_B1E, method='logits')[:, 0]
+  return jnp.where(jnp.arange(logits_BV.shape[1]) < program.vocab_size, logits_BV, -jnp.inf), out.cache
+
+
+def prefill(model: Transformer, params: Tree, program: Program, inputs: Inputs,
+             length: int) -> tuple[Array, list[BlockCache], Array | None]:
+  """Reads the prompts: (logits of the first new token, cache, which ids were seen)."""
+  B, T = inputs.tokens_BT.shape
+  real_BT = jnp.arange(T) < inputs.lengths_B[:, None]
+  cache = init_cache(model.config, B, length, 0 if inputs.source_BS is None else inputs.source_BS.shape[1])
+  batch = batch_of(model.config, inputs.tokens_BT, real_BT, inputs) | sources(inputs)
+  logits_BV, cache = read(model, params, program, batch, cache, jnp.maximum(inputs.lengths_B - 1, 0))
+  if inputs.allowed_BV is not None:
+    allowed_BV = jnp.pad(inputs.allowed_BV, ((0, 0), (0, logits_BV.shape[1] - inputs.allowed_BV.shape[1])))
+    logits_BV = jnp.where(allowed_BV, logits_BV, -jnp.inf)
+  seen_BV = None
+  if program.penalises:
+    seen_BV = jnp.zeros(logits_BV.shape, bool).at[jnp.arange(B)[:, None], inputs.tokens_BT].max(real_BT)
+  return logits_BV, cache, seen_BV
+
+
+def advance(model: Transformer, params: Tree, program: Program, cache: list[BlockCache], seen_BV: Array | None,
+             inputs: Inputs, ids_B: Array, columns_B: Array,
+             real_B: Array) -> tuple[Array, list[BlockCache], Array | None]:
+  """Reads one token a row; rows that are not real write nothing."""
+  batch = batch_of(model.config, ids_B[:, None], real_B[:, None], inputs, columns_B[:, None])
+  logits_BV, cache = read(model, params, program, batch, cache, jnp.zeros_like(ids_B))
+  if program.penalises:
+    seen_BV = seen_BV.at[jnp.arange(ids_B.shape[0]), ids_B].max(real_B)
+  return logits_BV, cache, seen_BV
+
+
+def single_token(model: Transformer, params: Tree, rows: int) -> tuple[Transformer, Tree]:
+  """The same for one token at a time, whose scores are few: kernels that cut them in blocks only cost.
+
+  A product of a row with few weights runs on one core, which does not read as fast as the memory gives: then the matrices
+  of queries, keys and values are made one.
+  """
+  config, attention = model.config, model.config.attention
+  size = config.width * attention.num_heads * attention.head_dim
+  plain = config.mixer == 'attention' and config.structure != 'two_stream' and not attention.latent.kv_rank
+  joined = rows == 1 and plain and size < JOINED and model.layout.mesh.size == 1 and not config.share_layers
+  config = dataclasses.replace(config, attention=dataclasses.replace(attention, kernel='dense'), joined=joined)
+  return Transformer(config, model.layout), join(params, config) if joined else params
+
+
+def cache_length(model: Transformer, needed: int) -> int:
+  """Slots of a cache for `needed` tokens, few different numbers; not above what a learned table can fill."""
+  slots = bucket(needed, 64)
+  return min(slots, model.config.max_length) if model.config.positions.kind == 'learned' else slots
+
+
+def continued(inputs: Inputs) -> Inputs:
+  """What is still needed of prompts that have been read."""
+  return inputs.replace(tokens_BT=None, lengths_B=None, source_BS=None, source_lengths_B=None, allowed_BV=None)
+
+
+def replicated(model: Transformer, x: Array) -> Array:
+  """Replicated: every process of a run reads the same, and decides the same."""
+  return jax.lax.with_sharding_constraint(x, model.layout.replicated)
