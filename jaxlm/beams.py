@@ -41,8 +41,8 @@ def search(model: Transformer, params: Tree, inputs: reading.Inputs, length: int
   program = specialised(model.config.vocab_size, sampling, eos)
   num_rows = int((inputs.lengths_B > 0).sum())
   ids_BT = _searched(model, params, program, sampling_numbers(sampling, program), inputs, np.int32(max_new_tokens),
-                   np.float32(sampling.length_penalty), length=length, num_beams=sampling.num_beams,
-                   size=bucket(max_new_tokens))
+                     np.float32(sampling.length_penalty), length=length, num_beams=sampling.num_beams,
+                     size=bucket(max_new_tokens))
   return np.asarray(ids_BT)[:num_rows]
 
 

@@ -10,12 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlm import beams, reading
+from jaxlm import beams, reading, speculation
 from jaxlm.errors import JaxlmError
 from jaxlm.models.stack import BlockCache
 from jaxlm.models.transformer import Transformer
 from jaxlm.reading import NONE
 from jaxlm.sampling import Sampling, choose, ends, sampling_numbers, specialised
+from jaxlm.speculation import Guesses
 from jaxlm.types import Array, Ids, Prompt, Tree
 
 BLOCK = 32  # tokens a row between two looks of the host: a stop string is noticed so many too late at most
@@ -23,7 +24,8 @@ BLOCK = 32  # tokens a row between two looks of the host: a stop string is notic
 
 def generate(model: Transformer, params: Tree, prompts: Sequence[Ids | Prompt], max_new_tokens: int = 64,
              sampling: Sampling = Sampling(), eos: Ids = (), stopped: Callable[[list[int]], bool] | None = None,
-             batch_size: int = 32, first: Sequence[np.ndarray | None] | None = None) -> list[list[int]]:
+             batch_size: int = 32, first: Sequence[np.ndarray | None] | None = None, guesses: Guesses | None = None,
+             every: int = BLOCK, heard: Callable[[int, list[int]], None] | None = None) -> list[list[int]]:
   """Continues prompts.
 
   Args:
@@ -36,6 +38,9 @@ def generate(model: Transformer, params: Tree, prompts: Sequence[Ids | Prompt], 
     stopped: asked between blocks with a row's continuation so far; True ends the row. Beams do not ask.
     batch_size: rows continued at once.
     first: for each prompt which ids may come first, bool [V], or None: any (`Tokenizer.encode_prompt`).
+    guesses: how tokens are guessed, for the model to check several at once; None: they are not.
+    every: tokens a row between two looks of the host, at most BLOCK.
+    heard: told a row's number and its continuation so far whenever the host looks.
   Returns:
     Continuations alone, in the order of the prompts; one that ended has its end token last.
   Raises:
@@ -44,6 +49,8 @@ def generate(model: Transformer, params: Tree, prompts: Sequence[Ids | Prompt], 
   """
   prompts = [prompt if isinstance(prompt, Prompt) else Prompt(prompt) for prompt in prompts]
   _check(model, prompts, max_new_tokens, eos, batch_size)
+  if guesses is not None:
+    speculation.check(model, guesses, sampling)
   outputs: list[list[int]] = [[] for _ in prompts]
   if not max_new_tokens or not prompts:
     return outputs
@@ -61,11 +68,14 @@ def generate(model: Transformer, params: Tree, prompts: Sequence[Ids | Prompt], 
     if sampling.num_beams > 1:
       blocks = iter([beams.search(model, params, inputs, length, max_new_tokens, sampling, eos)])
     else:
-      blocks = _loop(model, params, inputs, length, max_new_tokens, sampling, eos,
-                     lambda i: stopped is not None and stopped(outputs[rows[i]]))
+      run = _loop if guesses is None else functools.partial(speculation.loop, guesses)
+      blocks = run(model, params, inputs, length, max_new_tokens, sampling, eos,
+                   lambda i: stopped is not None and stopped(outputs[rows[i]]), every)
     for ids_BT in blocks:
       for row, ids in zip(rows, ids_BT.tolist()):
         outputs[row] += [i for i in ids if i != NONE]
+        if heard is not None:
+          heard(row, outputs[row])
   return outputs
 
 
@@ -149,11 +159,12 @@ def _block(model, params, program, numbers, state, stopped_B, steps) -> tuple[Ro
 
 
 def _loop(model: Transformer, params: Tree, inputs: reading.Inputs, length: int, max_new_tokens: int,
-          sampling: Sampling, eos: Ids, stopped: Callable[[int], bool]) -> Iterator[np.ndarray]:
+          sampling: Sampling, eos: Ids, stopped: Callable[[int], bool], every: int) -> Iterator[np.ndarray]:
   """Yields ids [B, BLOCK] (at first [B, 1]) as they are produced, NONE where a row has ended.
 
   Args:
     stopped: asked, after each block was taken, for each row of the batch that is not filling.
+    every: tokens of a block.
   """
   program = specialised(model.config.vocab_size, sampling, eos)
   numbers = sampling_numbers(sampling, program)
@@ -165,7 +176,7 @@ def _loop(model: Transformer, params: Tree, inputs: reading.Inputs, length: int,
     stopped_B[:num_rows] |= [stopped(row) for row in range(num_rows)]
     if (np.asarray(state.done_B) | stopped_B).all():
       return
-    steps = min(BLOCK, max_new_tokens - produced)
+    steps = min(every, max_new_tokens - produced)
     state, ids_BT = _block(model, params, program, numbers, state, stopped_B, np.int32(steps))
     produced += steps
     yield np.asarray(ids_BT)[:num_rows]

@@ -17,6 +17,7 @@ from jaxlm.models.transformer import Transformer
 from jaxlm.sampling import Program, bucket
 from jaxlm.types import Array, Prompt, Tree
 
+PIECE = 512       # columns of a prompt read at once
 JOINED = 1 << 19  # weights of a matrix that is still small
 NONE = -1         # in arrays of produced ids: nothing was produced here
 
@@ -149,23 +150,43 @@ def continues(config: ModelConfig) -> bool:
 # ---- the model ---------------------------------------------------------------------------------------------------
 
 
-def read(model: Transformer, params: Tree, program: Program, batch: dict[str, Array], cache: list[BlockCache],
-          last_B: Array) -> tuple[Array, list[BlockCache]]:
-  """(float32 logits at column last_B, -inf beyond the vocabulary; the cache with the batch in it)."""
-  out = model.apply({'params': params}, batch, cache, with_logits=False)
-  features_B1E = jnp.take_along_axis(out.features, last_B[:, None, None], axis=1)
-  logits_BV = model.apply({'params': params}, features_B1E, method='logits')[:, 0]
-  return jnp.where(jnp.arange(logits_BV.shape[1]) < program.vocab_size, logits_BV, -jnp.inf), out.cache
+def logits_of(model: Transformer, params: Tree, program: Program, features_BTE: Array) -> Array:
+  """float32 [B, T, V], -inf beyond the vocabulary."""
+  logits_BTV = model.apply({'params': params}, features_BTE, method='logits')
+  return jnp.where(jnp.arange(logits_BTV.shape[2]) < program.vocab_size, logits_BTV, -jnp.inf)
 
 
-def prefill(model: Transformer, params: Tree, program: Program, inputs: Inputs,
-             length: int) -> tuple[Array, list[BlockCache], Array | None]:
-  """Reads the prompts: (logits of the first new token, cache, which ids were seen)."""
+def prefill(model: Transformer, params: Tree, program: Program, inputs: Inputs, length: int,
+            spare: int = 0) -> tuple[Array, list[BlockCache], Array | None]:
+  """Reads the prompts: (logits of the first new token, cache, which ids were seen).
+
+  Args:
+    length: slots of the cache.
+    spare: more of them where a window keeps fewer, for tokens that may be taken back.
+  """
   B, T = inputs.tokens_BT.shape
   real_BT = jnp.arange(T) < inputs.lengths_B[:, None]
-  cache = init_cache(model.config, B, length, 0 if inputs.source_BS is None else inputs.source_BS.shape[1])
-  batch = batch_of(model.config, inputs.tokens_BT, real_BT, inputs) | sources(inputs)
-  logits_BV, cache = read(model, params, program, batch, cache, jnp.maximum(inputs.lengths_B - 1, 0))
+  source = 0 if inputs.source_BS is None else inputs.source_BS.shape[1]
+  cache = init_cache(model.config, B, length, source, spare)
+  last_B = jnp.maximum(inputs.lengths_B - 1, 0)
+
+  def read(cache, first, size, more):
+    cut = lambda x_BT: jax.lax.dynamic_slice_in_dim(x_BT, first, size, axis=1)
+    columns_BT = jnp.minimum(first + jnp.arange(size, dtype=jnp.int32), last_B[:, None])
+    batch = batch_of(model.config, cut(inputs.tokens_BT), cut(real_BT), inputs, columns_BT) | more
+    out = model.apply({'params': params}, batch, cache, with_logits=False)
+    at_B11 = jnp.clip(last_B - first, 0, size - 1)[:, None, None]
+    return out.cache, jnp.take_along_axis(out.features, at_B11, axis=1)
+
+  size = _piece(model.config, T)
+  cache, features_B1E = read(cache, 0, size, sources(inputs))
+  if size < T:
+    def go_on(carry, first):
+      cache, features_B1E = carry
+      cache, here_B1E = read(cache, first, size, {})
+      return (cache, jnp.where((last_B >= first)[:, None, None], here_B1E, features_B1E)), None
+    (cache, features_B1E), _ = jax.lax.scan(go_on, (cache, features_B1E), jnp.arange(size, T, size))
+  logits_BV = logits_of(model, params, program, features_B1E)[:, 0]
   if inputs.allowed_BV is not None:
     allowed_BV = jnp.pad(inputs.allowed_BV, ((0, 0), (0, logits_BV.shape[1] - inputs.allowed_BV.shape[1])))
     logits_BV = jnp.where(allowed_BV, logits_BV, -jnp.inf)
@@ -175,15 +196,33 @@ def prefill(model: Transformer, params: Tree, program: Program, inputs: Inputs,
   return logits_BV, cache, seen_BV
 
 
+def _piece(config: ModelConfig, length: int) -> int:
+  """Columns of a prompt that are read at once, so that scores are of PIECE queries at most; all where some see later ones."""
+  pieces = 1
+  while config.visibility == 'causal' and length % (2 * pieces) == 0 and length // pieces > PIECE:
+    pieces *= 2
+  return length // pieces
+
+
+def extend(model: Transformer, params: Tree, program: Program, cache: list[BlockCache], inputs: Inputs, ids_BT: Array,
+           columns_BT: Array, real_BT: Array) -> tuple[Array, list[BlockCache]]:
+  """(logits [B, T, V] after each of these tokens; the cache with them in it, but for those that are not real)."""
+  batch = batch_of(model.config, ids_BT, real_BT, inputs, columns_BT)
+  out = model.apply({'params': params}, batch, cache, with_logits=False)
+  return logits_of(model, params, program, out.features), out.cache
+
+
 def advance(model: Transformer, params: Tree, program: Program, cache: list[BlockCache], seen_BV: Array | None,
-             inputs: Inputs, ids_B: Array, columns_B: Array,
-             real_B: Array) -> tuple[Array, list[BlockCache], Array | None]:
+            inputs: Inputs, ids_B: Array, columns_B: Array,
+            real_B: Array) -> tuple[Array, list[BlockCache], Array | None]:
   """Reads one token a row; rows that are not real write nothing."""
-  batch = batch_of(model.config, ids_B[:, None], real_B[:, None], inputs, columns_B[:, None])
-  logits_BV, cache = read(model, params, program, batch, cache, jnp.zeros_like(ids_B))
-  if program.penalises:
-    seen_BV = seen_BV.at[jnp.arange(ids_B.shape[0]), ids_B].max(real_B)
-  return logits_BV, cache, seen_BV
+  logits_B1V, cache = extend(model, params, program, cache, inputs, ids_B[:, None], columns_B[:, None], real_B[:, None])
+  return logits_B1V[:, 0], cache, seen(program, seen_BV, ids_B, real_B)
+
+
+def seen(program: Program, seen_BV: Array | None, ids_B: Array, real_B: Array) -> Array | None:
+  """Which ids were seen, a token a row included."""
+  return seen_BV.at[jnp.arange(ids_B.shape[0]), ids_B].max(real_B) if program.penalises else None
 
 
 def single_token(model: Transformer, params: Tree, rows: int) -> tuple[Transformer, Tree]:

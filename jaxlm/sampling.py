@@ -15,13 +15,14 @@ from jaxlm.types import Array
 class Sampling:
   """How the next token is chosen; by default the likeliest.
 
-  Penalty, temperature, top_k and top_p apply in this order, as in Hugging Face's; tokens that tie with the last one
+  Penalty, temperature, top_k, top_p and min_p apply in this order, as in Hugging Face's; tokens that tie with the last one
   kept are kept too.
 
   Attributes:
     temperature: logits are divided by it; 0: the likeliest token.
     top_k: only so many likeliest tokens; 0: all.
     top_p: only the fewest likeliest tokens that together reach this probability (Holtzman et al. 2019); 1: all.
+    min_p: only tokens at least this share as likely as the likeliest (Nguyen et al. 2024, arXiv:2407.01082); 0: all.
     repetition_penalty: logits of tokens in prompt and continuation are divided by it, or multiplied where negative
       (Keskar et al. 2019, CTRL); 1: none.
     seed: a row's draws depend on it, the row's number and the token's position; not on the batch around it.
@@ -31,6 +32,7 @@ class Sampling:
   temperature: float = 0.0
   top_k: int = 0
   top_p: float = 1.0
+  min_p: float = 0.0
   repetition_penalty: float = 1.0
   seed: int = 0
   num_beams: int = 1
@@ -40,6 +42,7 @@ class Sampling:
     wanted = [('temperature', 'a number, at least 0', lambda x: 0 <= x < math.inf),
               ('top_k', 'an integer, at least 0 (0: all tokens)', lambda x: x >= 0 and x == int(x)),
               ('top_p', 'above 0 and at most 1 (1: all tokens)', lambda x: 0 < x <= 1),
+              ('min_p', 'a number from 0 (all tokens) to 1', lambda x: 0 <= x <= 1),
               ('repetition_penalty', 'above 0 (1: none)', lambda x: 0 < x < math.inf),
               ('seed', 'an integer from 0 to 4294967295', lambda x: x == int(x) and 0 <= x < 2**32),
               ('num_beams', 'an integer, at least 1', lambda x: x >= 1 and x == int(x)),
@@ -92,6 +95,7 @@ def specialised(vocab_size: int, sampling: Sampling, eos: Sequence[int]) -> Prog
 def sampling_numbers(sampling: Sampling, program: Program) -> dict[str, Array]:
   """The arguments of `choose` and `penalised` that a program is not specialised on."""
   return {'temperature': np.float32(sampling.temperature), 'top_p': np.float32(sampling.top_p),
+          'min_p': np.float32(sampling.min_p),
           'top_k': np.int32(min(sampling.top_k or program.candidates, program.candidates)),
           'repetition_penalty': np.float32(sampling.repetition_penalty), 'seed': np.uint32(sampling.seed)}
 
@@ -104,9 +108,10 @@ def penalised(program: Program, numbers: dict[str, Array], scores_BV: Array, see
   return jnp.where(seen_BV, jnp.where(scores_BV < 0, scores_BV * penalty, scores_BV / penalty), scores_BV)
 
 
-def _restricted(program: Program, numbers: dict[str, Array], logits_BV: Array) -> Array:
+def restricted(program: Program, numbers: dict[str, Array], logits_BV: Array) -> Array:
   """Logits at the temperature, -inf outside top_k and top_p."""
   logits_BV = logits_BV / numbers['temperature']
+  logits_BV = jnp.where(logits_BV >= logits_BV.max(-1, keepdims=True) + jnp.log(numbers['min_p']), logits_BV, -jnp.inf)
   if not program.candidates:
     return logits_BV
   best_BC = jax.lax.top_k(logits_BV, program.candidates)[0]
@@ -131,10 +136,14 @@ def choose(program: Program, numbers: dict[str, Array], logits_BV: Array, seen_B
   logits_BV = penalised(program, numbers, logits_BV, seen_BV)
   if not program.samples:
     return likeliest(logits_BV)
+  keys_B = keys(numbers, rows_B, positions_B)
+  return jax.vmap(jax.random.categorical)(keys_B, restricted(program, numbers, logits_BV)).astype(jnp.int32)
+
+
+def keys(numbers: dict[str, Array], rows_B: Array, positions_B: Array) -> Array:
+  """A key of the draw of each row's token."""
   key = jax.random.key(numbers['seed'])
-  draw = lambda row, position, logits_V: jax.random.categorical(
-      jax.random.fold_in(jax.random.fold_in(key, row), position), logits_V)
-  return jax.vmap(draw)(rows_B, positions_B, _restricted(program, numbers, logits_BV)).astype(jnp.int32)
+  return jax.vmap(lambda row, position: jax.random.fold_in(jax.random.fold_in(key, row), position))(rows_B, positions_B)
 
 
 def ends(program: Program, ids: Array) -> Array:

@@ -18,7 +18,7 @@ data.store data.exports data.plans data.pipeline
 models.config models.layers models.positions models.kernels models.ring models.attention models.stages models.recurrent models.moe
 models.stack models.transformer models.cost
 families.keys families.bijections families.* families.table
-losses optim metrics seal checkpoint rundir sampling weights gguf transfer hf reading beams decode lm loading evaluators journal
+losses optim metrics seal checkpoint rundir sampling weights gguf transfer hf reading beams speculation decode lm loading evaluators journal
 state check train lint bill search pictures programs
 speed.shapes speed.ours speed.peers speed.worker speed.machine speed.duel speed.alone
 plan generate main prepare bench convert

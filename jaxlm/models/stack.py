@@ -58,17 +58,19 @@ MIXERS = {'attention': (Attention, attention_module.init_cache)} | {
     name: (recurrent.Recurrent, recurrent.init_cache) for name in recurrent.CELLS}
 
 
-def init_cache(config: ModelConfig, batch: int, length: int, source_length: int = 0) -> list[BlockCache]:
+def init_cache(config: ModelConfig, batch: int, length: int, source_length: int = 0,
+               spare: int = 0) -> list[BlockCache]:
   """An empty cache: a layer each, `length` slots, fewer where the layer's window is shorter.
 
   Args:
     batch: rows.
     length: tokens a row may reach, prompt and continuation.
     source_length: columns of an encoder-decoder's source.
+    spare: slots that a window's layer has more than the window.
   """
   _, empty = lookup(MIXERS, config.mixer, 'mixer')
   cross = attention_module.init_cache(config, batch, source_length) if config.structure == 'encoder_decoder' else None
-  slots = lambda layer: min(length, config.window(layer) or length)
+  slots = lambda layer: min(length, config.window(layer) + spare if config.window(layer) else length)
   return [BlockCache(empty(config, batch, slots(layer)), jax.tree.map(jnp.copy, cross))
           for layer in range(config.num_layers)]
 

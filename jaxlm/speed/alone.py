@@ -178,7 +178,7 @@ def cached(rounds: int) -> Iterator[Line]:
   """GPT-2 124M's shape with random weights, batch 1, 16 tokens after 64."""
   import jax
   import numpy as np
-  from jaxlm import reading as decoding, sharding
+  from jaxlm import decode, reading, sharding
   from jaxlm.families import gpt2
   from jaxlm.state import build_model
   config = config_module.default()
@@ -194,7 +194,7 @@ def cached(rounds: int) -> Iterator[Line]:
     row[0, :64] = prompt
     for _ in range(16):
       forward(params, row).argmax().block_until_ready()
-  cached = lambda: decoding.generate(model, params, [prompt.tolist()], 16)
+  cached = lambda: decode.generate(model, params, [prompt.tolist()], 16)
   naive(), cached()
   line = _ratio('tokens/s of cached decoding over a forward pass a token, 124M, batch 1', naive, cached, rounds)
   yield line | {'tokens_per_s': round(16 / line['seconds'][1], 1)}
