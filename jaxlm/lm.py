@@ -13,10 +13,12 @@ from jaxlm.errors import JaxlmError
 from jaxlm.models.transformer import Transformer, pool
 from jaxlm.sampling import Sampling, bucket
 from jaxlm.sharding import Layout
+from jaxlm.speculation import Guesses
 from jaxlm.types import Array, Prompt, Tree
 
 Text = str | Sequence[int]  # text, or its ids
 
+HEARD = 4      # tokens of a row between two looks, where somebody listens
 SCORED = 2048  # positions whose logits exist at once while scoring: 0.4 GB at 50,000 pieces
 
 
@@ -148,8 +150,10 @@ class LM:
   # ---- text ------------------------------------------------------------------------------------------------------
 
   def generate(self, prompts: Any, max_new_tokens: int = 64, temperature: float = 0.0, top_k: int = 0,
-               top_p: float = 1.0, repetition_penalty: float = 1.0, seed: int = 0, stop: str | Sequence[str] = (),
-               num_beams: int = 1, length_penalty: float = 1.0, special: bool = False, batch_size: int = 32) -> Any:
+               top_p: float = 1.0, min_p: float = 0.0, repetition_penalty: float = 1.0, seed: int = 0,
+               stop: str | Sequence[str] = (), num_beams: int = 1, length_penalty: float = 1.0, special: bool = False,
+               batch_size: int = 32, draft: 'LM | None' = None, lookup: int = 0, guesses: int = 4,
+               heard: Callable[[int, Any], None] | None = None) -> Any:
     """Continues texts, and returns the continuations alone.
 
     Args:
@@ -157,15 +161,25 @@ class LM:
         in training, and where it ends in a space the first piece is one that begins so (`Tokenizer.encode_prompt`);
         ids are taken as they are.
       max_new_tokens: at most.
-      temperature, top_k, top_p, repetition_penalty, seed, num_beams, length_penalty: as in `sampling.Sampling`.
+      temperature, top_k, top_p, min_p, repetition_penalty, seed, num_beams, length_penalty: as in `sampling.Sampling`.
       stop: texts that end a continuation. In text they are cut off, with what follows; ids end with the token that
         completes one, as they end with the end token.
       special: read the names of special tokens in text, [MASK] or those of a chat, as these tokens; else they are text.
       batch_size: prompts continued at once.
+      draft: a smaller model that guesses `guesses` tokens at a time, which this one checks in one pass; what is said is
+        the same, or drawn from the same distribution.
+      lookup: guess what followed the last tokens, as many as agree up to this number, where they stood before; 0: not.
+      heard: told, while texts are produced, the number of a prompt and what has been added to it since; beams tell all at
+        once. A character or a stop that is not whole yet is held back.
     """
     self._needs_head('generate')
-    sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, repetition_penalty=repetition_penalty,
-                        seed=seed, num_beams=num_beams, length_penalty=length_penalty)
+    sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed,
+                        repetition_penalty=repetition_penalty, num_beams=num_beams, length_penalty=length_penalty)
+    how = None
+    if draft is not None and draft.tokenizer and self.tokenizer and draft.tokenizer.digest != self.tokenizer.digest:
+      raise JaxlmError('The draft model has another tokenizer; take one that was trained on the same ids.')
+    if lookup or draft is not None:
+      how = Guesses(guesses, lookup, draft and draft.model, draft and draft.params)
     stops = _stops(stop)
     single, prompts = _listed(prompts)
     ids, first = zip(*(self._prompt(prompt, special) for prompt in prompts)) if prompts else ((), ())
@@ -176,14 +190,31 @@ class LM:
       self._needs_tokenizer('stop')
     told = lambda new: any(text in self.tokenizer.decode(new) for text in stops)
     given = [self._prompting(list(found) + self.end if self._encodes else list(found)) for found in ids]
-    outputs = decode.generate(self.model, self.params, given, max_new_tokens, sampling, self.eos,
-                              told if stops else None, batch_size, first)
-    for row, (prompt, new) in enumerate(zip(prompts, outputs)):
-      if isinstance(prompt, str):
+
+    def said(row, new):
+      if isinstance(prompts[row], str):
         text = self._text([] if self._encodes else ids[row], new, stops)
-        outputs[row] = text if first[row] is None else text[1:]  # the space is the prompt's
-      elif stops:
-        outputs[row] = self._cut(new, told)
+        return text if first[row] is None else text[1:]  # the space is the prompt's
+      return self._cut(new, told) if stops else new
+
+    known = [0] * len(prompts)
+
+    def hear(row, new, whole=False):
+      now = said(row, new)
+      end = len(now)
+      if isinstance(now, str) and not whole:
+        end = len(now.rstrip('\ufffd')) - max((len(text) - 1 for text in stops), default=0)
+      if end > known[row]:
+        heard(row, now[known[row]:end])
+        known[row] = end
+
+    outputs = decode.generate(
+        self.model, self.params, given, max_new_tokens, sampling, self.eos, told if stops else None, batch_size, first,
+        how, decode.BLOCK if heard is None else HEARD, heard and hear)
+    for row, new in enumerate(outputs):
+      if heard is not None:
+        hear(row, new, whole=True)
+      outputs[row] = said(row, new)
     return outputs[0] if single else outputs
 
   def room(self, prompts: Sequence[Text]) -> int:

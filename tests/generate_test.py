@@ -41,8 +41,8 @@ def test_prompts_are_printed_with_their_continuations(fake, capsys, tmp_path):
   dashes = generate.SEPARATOR
   assert (code, capsys.readouterr().out) == (0, f'one!\n{dashes}\ntwo!\n{dashes}\nfrom a file\n!\n')
   assert fake.calls == [(['one', 'two', 'from a file\n'], dict(
-      max_new_tokens=5, temperature=0.5, top_k=3, top_p=0.9, repetition_penalty=1.1, seed=7, stop=['x', 'y'],
-      num_beams=1, length_penalty=1.0, special=False))]
+      max_new_tokens=5, temperature=0.5, top_k=3, top_p=0.9, min_p=0.0, repetition_penalty=1.1, seed=7, stop=['x', 'y'],
+      num_beams=1, length_penalty=1.0, special=False, draft=None, lookup=0, guesses=4, heard=None))]
 
 
 @pytest.mark.parametrize('flags, line', [
@@ -52,6 +52,8 @@ def test_prompts_are_printed_with_their_continuations(fake, capsys, tmp_path):
     (('--model=m', '--prompt_file=nowhere'), 'error: --prompt_file=nowhere cannot be read as UTF-8 text: '
      'No such file or directory.'),
     (('--model=m', '--prompt=a', 'b'), "error: Unknown argument 'b'"),
+    (('--model=m', '--prompt=a', '--prompt=b', '--stream'), 'error: --stream prints one continuation as it comes; give one '
+     'prompt, not 2.'),
     (('--model=m', '--prompt=a', '--top_k=many'), 'error: flag --top_k=many'),
 ])
 def test_a_users_error_is_one_line_and_exit_code_2(fake, capsys, flags, line):
@@ -72,5 +74,5 @@ def test_help_tells_every_flag(capsys):
   assert outcome('--help') == 0
   told = capsys.readouterr().out
   for flag in ('model', 'prompt', 'prompt_file', 'max_new_tokens', 'temperature', 'top_k', 'top_p',
-               'repetition_penalty', 'seed', 'num_beams', 'length_penalty', 'stop', 'dtype'):
+               'min_p', 'repetition_penalty', 'draft', 'lookup', 'guesses', 'stream', 'seed', 'num_beams', 'length_penalty', 'stop', 'dtype'):
     assert f'--{flag}:' in told or f'--[no]{flag}:' in told

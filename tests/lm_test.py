@@ -1,4 +1,5 @@
 """A loaded model: what it gives equals the bare model's forward; folders that cannot be loaded are named."""
+import copy
 import dataclasses
 import json
 
@@ -169,6 +170,33 @@ def test_stops_are_cut_from_text_and_end_ids(alphabet):
   for stop in ('', ['a', ''], [3]):
     with pytest.raises(JaxlmError, match='stop must be texts'):
       alphabet.generate('a', 5, stop=stop)
+
+
+def test_what_is_added_to_texts_is_heard_while_it_is_produced(alphabet):
+  for given in (dict(), dict(stop=['qr']), dict(lookup=2), dict(draft=alphabet, stop='zz')):
+    heard = {0: [], 1: []}
+    told = alphabet.generate(['a', 'f'], 20, heard=lambda row, text: heard[row].append(text), **given)
+    assert told == [''.join(heard[row]) for row in (0, 1)] == alphabet.generate(['a', 'f'], 20, **given)
+    assert all(len(pieces) > 1 and all(pieces) for pieces in heard.values())
+  ids = []
+  assert alphabet.generate([ord('a')], 9, heard=lambda row, new: ids.extend(new)) == ids == [*b'bcdefghij']
+
+
+def test_a_character_that_is_not_whole_is_not_heard(alphabet, monkeypatch):
+  in_two = {ord('d'): 0xc3, ord('e'): 0xa9}
+  monkeypatch.setattr(type(alphabet.tokenizer), 'decode', lambda self, ids: bytes(
+      in_two.get(id, id) for id in ids if id < 256).decode(errors='replace'))
+  monkeypatch.setattr('jaxlm.lm.HEARD', 1)
+  heard = []
+  alphabet.generate('a', 5, heard=lambda row, text: heard.append(text))
+  assert heard == ['b', 'c', 'é', 'f']
+
+
+def test_a_draft_model_reads_the_same_ids(alphabet, lm):
+  other = copy.copy(alphabet)
+  other.tokenizer = dataclasses.make_dataclass('Other', ['digest'])('another')
+  with pytest.raises(JaxlmError, match='The draft model has another tokenizer'):
+    alphabet.generate('a', 4, draft=other)
 
 
 def test_draws_are_told_by_the_seed(lm):
