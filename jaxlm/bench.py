@@ -5,6 +5,7 @@
 
 train     tokens a second of training, losses and peak memory, beside the others on the same weights and batches
 decode    tokens a second of greedy continuations of 1 and 8 prompts, likewise
+long      training steps of 8,192 and 32,768 tokens a row: seconds, memory
 attention time and temporaries of blockwise against dense, by length
 data      tokens a second from the store to batches on one core, planning a sample, starting anywhere
 checkpoint   how long a save of 1 GB blocks, and rates of saving and restoring over dd's
@@ -51,6 +52,11 @@ def _decode(rounds: int) -> Iterator[Line]:
       yield duel.generating(shape, _sides(), rounds, rows)
 
 
+def _long(rounds: int) -> Iterator[Line]:
+  from jaxlm.speed import duel
+  return duel.long(rounds)
+
+
 def _alone(name: str) -> Callable[[int], Iterator[Line]]:
   def run(rounds: int) -> Iterator[Line]:
     from jaxlm.speed import alone
@@ -58,7 +64,7 @@ def _alone(name: str) -> Callable[[int], Iterator[Line]]:
   return run
 
 
-TABLE = {'train': _train, 'decode': _decode} | {
+TABLE = {'train': _train, 'decode': _decode, 'long': _long} | {
     name: _alone(function) for name, function in (
         ('attention', 'attention'), ('data', 'data'), ('checkpoint', 'checkpoint'), ('compile', 'compile_time'),
         ('programs', 'compiled_programs'), ('start', 'start'), ('prepare', 'prepare'), ('loop', 'loop'),

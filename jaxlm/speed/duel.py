@@ -14,7 +14,7 @@ from jaxlm import programs
 from jaxlm.errors import RunFailed
 from jaxlm.models import cost
 from jaxlm.speed import machine
-from jaxlm.speed.shapes import SHAPES, assembled
+from jaxlm.speed.shapes import LONG, SHAPES, assembled
 
 SIDES = ('jaxlm', 'transformers', 'transformers-compiled')
 WARM = 20    # steps before time is taken, whose losses are compared
@@ -103,6 +103,18 @@ def training(shape: str, names: Sequence[str], rounds: int, steps: int = 3) -> L
   differ = [max(abs(a - b) for a, b in zip(losses[0], other)) for other in losses[1:]]
   return line | dict(loss_difference=[float(f'{x:.2g}') for x in differ], peak_bytes=peaks,
                      products_gflops=round(limit / 1e9, 1), share_of_products=[round(x, 3) for x in shares])
+
+
+def long(rounds: int) -> Iterator[Line]:
+  """Seconds of training steps of long rows, their last loss, and the most memory that a process held."""
+  for shape in LONG:
+    with _sides(SIDES[:1], 'Trainer', shape) as (side,):
+      side('run', 1)
+      found = [side('run', 1) for _ in range(rounds)]
+      held = side('step_bytes')['result']
+    yield dict(measure=f'training 2 layers of 512, {shape}', rounds=rounds, loss=round(found[-1]['result'][0], 4),
+               seconds=round(statistics.median(x['seconds'] for x in found), 2),
+               step_gb=round(held / 1e9, 2), peak_gb=round(found[-1]['peak_bytes'] / 1e9, 2))
 
 
 def generating(shape: str, names: Sequence[str], rounds: int, rows: int, steps: int = 64) -> Line:

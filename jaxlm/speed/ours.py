@@ -32,6 +32,12 @@ class Trainer:
     return [float(loss) for loss in jax.block_until_ready(losses)]
 
 
+  def step_bytes(self) -> int:
+    """What a step holds at most, its state included, as compiled."""
+    found = self.parts.step_fn.lower(self.state, self.frozen, self.batches[0]).compile().memory_analysis()
+    return found.argument_size_in_bytes + found.temp_size_in_bytes
+
+
 class Generator:
   """Greedy continuations by a config's first parameters."""
 

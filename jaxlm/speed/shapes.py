@@ -45,6 +45,20 @@ SHAPES: dict[str, Callable[[], Any]] = {
 }
 
 
+def _long(kernel: str, length: int) -> Any:
+  shape = _llama()
+  return _config(shape | dict(num_layers=2, max_length=length, attention=shape['attention'] | dict(kernel=kernel)),
+                 'causal', 512, length, 1)
+
+
+# Texts far longer than wide, a row a step: what attention and the loss keep is what counts.
+LONG: dict[str, Callable[[], Any]] = {
+    '8,192 tokens, dense': lambda: _long('dense', 8192),
+    '8,192 tokens, blockwise': lambda: _long('blockwise', 8192),
+    '32,768 tokens, blockwise': lambda: _long('blockwise', 32_768),
+}
+
+
 DECODED = ['gpt2-6x384', 'gpt2-124m']  # those that continue texts beside a peer
 
 

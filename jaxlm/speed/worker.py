@@ -10,12 +10,12 @@ import time
 
 import numpy as np
 
-from jaxlm.speed.shapes import SHAPES
+from jaxlm.speed.shapes import LONG, SHAPES
 
 
 def make(side: str, job: str, shape: str, folder: str):
   """What does the job: a Trainer or Generator of one of the sides."""
-  config = SHAPES[shape]()
+  config = (SHAPES | LONG)[shape]()
   if side == 'jaxlm':
     from jaxlm.speed import ours
     return getattr(ours, job)(config, folder)
