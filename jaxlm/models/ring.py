@@ -9,7 +9,7 @@ from jax.sharding import PartitionSpec
 
 from jaxlm import sharding
 from jaxlm.lookup import lookup
-from jaxlm.models import kernels
+from jaxlm.models import blocks, kernels
 from jaxlm.models.kernels import Bias, Score, UnsupportedAttention, Visibility
 from jaxlm.sharding import Layout
 from jaxlm.types import Array
@@ -89,66 +89,66 @@ def ring(q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, visibility: Visibility, *,
   Keys and values go round the devices in as many steps as there are. A step sends on what it has before it uses it, so
   that the network and the arithmetic work at the same time. The integers that decide who sees whom are gathered once.
 
-  Args: as `kernels.blockwise`.
+  Args: as `blocks.blockwise`.
     axes: mesh axes over which lengths are split; without, this is `blockwise`.
   Source: Liu et al. 2023, Ring Attention, arXiv:2310.01889, algorithm 1.
   """
   score = Score(scale, softcap, bias.fn if bias else None)
   if not axes:
-    run = functools.partial(kernels.flash, score, block)
+    run = functools.partial(blocks.flash, score, block)
   else:
     # With `balanced` columns a device has an early and a late stretch of them: no block should hold both.
     run = functools.partial(_ring, score, min(block, -(-k_BSKH.shape[1] // 2)), axes)
-  return kernels.by_blocks(run, 'ring', q_BTNH, k_BSKH, v_BSKH, visibility, bias, sink_N, dropout)
+  return blocks.by_blocks(run, 'ring', q_BTNH, k_BSKH, v_BSKH, visibility, bias, sink_N, dropout)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _ring(score, block, axes, q_BTNH, k_BSKH, v_BSKH, bias_params, visibility):
-  """As `kernels.flash`, inside `shard_map`."""
+  """As `blocks.flash`, inside `shard_map`."""
   return _forward(score, block, axes, q_BTNH, k_BSKH, v_BSKH, bias_params, visibility)[0]
 
 
 def _forward(score, block, axes, q_BTNH, k_BSKH, v_BSKH, bias_params, visibility):
   K, H = k_BSKH.shape[2:]
-  side_q_I, _ = kernels.cut_sides(visibility, block)
-  queries = *kernels.cut_heads(K, block, q_BTNH), side_q_I
+  side_q_I, _ = blocks.cut_sides(visibility, block)
+  queries = *blocks.cut_heads(K, block, q_BTNH), side_q_I
   side_of = _sides(visibility, block, axes)
 
   def step(carry, t):
     kv_BSKX, sums_I = carry
     coming_BSKX = _pass_on(kv_BSKX, axes)
-    keys = *kernels.cut_heads(K, block, kv_BSKX[..., :H], kv_BSKX[..., H:]), side_of(t)
-    return (coming_BSKX, kernels.meet(score, bias_params, visibility, queries, keys, sums_I)), None
+    keys = *blocks.cut_heads(K, block, kv_BSKX[..., :H], kv_BSKX[..., H:]), side_of(t)
+    return (coming_BSKX, blocks.meet(score, bias_params, visibility, queries, keys, sums_I)), None
 
   kv_BSKX = jnp.concatenate([k_BSKH, v_BSKH], axis=-1)
-  (_, sums_I), _ = jax.lax.scan(step, (kv_BSKX, kernels.no_sums(queries[0], v_BSKH.shape[-1])),
+  (_, sums_I), _ = jax.lax.scan(step, (kv_BSKX, blocks.no_sums(queries[0], v_BSKH.shape[-1])),
                                 jnp.arange(jax.lax.axis_size(axes)))
-  out_BTNH, lse_IBKX1, lse_BTN1 = kernels.settle(sums_I, q_BTNH)
+  out_BTNH, lse_IBKX1, lse_BTN1 = blocks.settle(sums_I, q_BTNH)
   return (out_BTNH, lse_BTN1), (q_BTNH, k_BSKH, v_BSKH, bias_params, visibility, out_BTNH, lse_IBKX1)
 
 
 def _backward(score, block, axes, saved, grads):
   q_BTNH, k_BSKH, v_BSKH, bias_params, visibility, out_BTNH, lse_IBKX1 = saved
   K, S, H = k_BSKH.shape[2], k_BSKH.shape[1], k_BSKH.shape[3]
-  side_q_I, _ = kernels.cut_sides(visibility, block)
-  queries = (*kernels.cut_heads(K, block, q_BTNH, *kernels.from_above(out_BTNH, *grads)), lse_IBKX1, side_q_I)
+  side_q_I, _ = blocks.cut_sides(visibility, block)
+  queries = (*blocks.cut_heads(K, block, q_BTNH, *kernels.from_above(out_BTNH, *grads)), lse_IBKX1, side_q_I)
   side_of = _sides(visibility, block, axes)
 
   def step(carry, t):
     kv_BSKX, dkv_BSKX, before = carry
     # Gradients follow their keys a step behind, so that neither message waits for this step's products.
     coming_BSKX, dkv_BSKX = _pass_on(kv_BSKX, axes), _pass_on(dkv_BSKX, axes)
-    keys = *kernels.cut_heads(K, block, kv_BSKX[..., :H], kv_BSKX[..., H:]), side_of(t)
-    before, (dk_JBKSH, dv_JBKSH) = kernels.meet_again(score, bias_params, visibility, queries, keys, before)
-    here_BSKX = jnp.concatenate([kernels.join_heads(dx, S, K) for dx in (dk_JBKSH, dv_JBKSH)], axis=-1)
+    keys = *blocks.cut_heads(K, block, kv_BSKX[..., :H], kv_BSKX[..., H:]), side_of(t)
+    before, (dk_JBKSH, dv_JBKSH) = blocks.meet_again(score, bias_params, visibility, queries, keys, before)
+    here_BSKX = jnp.concatenate([blocks.join_heads(dx, S, K) for dx in (dk_JBKSH, dv_JBKSH)], axis=-1)
     return (coming_BSKX, dkv_BSKX + here_BSKX, before), None
 
   kv_BSKX = jnp.concatenate([k_BSKH, v_BSKH], axis=-1)
-  start = kv_BSKX, kernels.zeros_like(kv_BSKX), kernels.nothing(queries[0], bias_params)
+  start = kv_BSKX, kernels.zeros_like(kv_BSKX), blocks.nothing(queries[0], bias_params)
   (_, dkv_BSKX, (dq_IBKXH, dparams)), _ = jax.lax.scan(step, start, jnp.arange(jax.lax.axis_size(axes)))
   dkv_BSKX = _pass_on(dkv_BSKX, axes)  # home
   no_gradient = jax.tree.map(lambda x: np.zeros(x.shape, jax.dtypes.float0), visibility)
-  return (kernels.join_heads(dq_IBKXH, *q_BTNH.shape[1:3]).astype(q_BTNH.dtype),
+  return (blocks.join_heads(dq_IBKXH, *q_BTNH.shape[1:3]).astype(q_BTNH.dtype),
           dkv_BSKX[..., :H].astype(k_BSKH.dtype), dkv_BSKX[..., H:].astype(v_BSKH.dtype), dparams, no_gradient)
 
 
@@ -166,7 +166,7 @@ def _sides(visibility: Visibility, block: int, axes: tuple[str, ...]) -> Callabl
   n, S = jax.lax.axis_size(axes), visibility.order_k_BS.shape[1]
   all_BS = {key: jax.lax.all_gather(getattr(visibility, key), axes, axis=1, tiled=True) for key in kernels.KEY_SIDE}
   here = lambda t: (jax.lax.axis_index(axes) - t) % n * S
-  return lambda t: {key: kernels.cut(jax.lax.dynamic_slice_in_dim(x, here(t), S, axis=1), block)
+  return lambda t: {key: blocks.cut(jax.lax.dynamic_slice_in_dim(x, here(t), S, axis=1), block)
                     for key, x in all_BS.items()}
 
 
@@ -187,4 +187,4 @@ def balanced(batch: dict[str, np.ndarray], parts: int) -> dict[str, np.ndarray]:
   return {key: turn(key, x) for key, x in (batch | {'slots': slots}).items()}
 
 
-KERNELS = {'dense': kernels.dense, 'blockwise': kernels.blockwise, 'ring': ring}
+KERNELS = {'dense': kernels.dense, 'blockwise': blocks.blockwise, 'ring': ring}

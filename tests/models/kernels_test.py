@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, PartitionSpec
 
-from jaxlm.models import kernels
+from jaxlm.models import blocks, kernels
 from jaxlm.models.kernels import Bias, Visibility
 from jaxlm.models.ring import KERNELS
 
@@ -201,7 +201,7 @@ def test_blockwise_meets_a_pair_of_blocks_wherever_a_token_sees_another():
   for v, *_ in CASES.values():
     v = v if v.window is None else v.replace(window=jnp.int32(v.window))
     length_q, length_k = v.order_q_BT.shape[1], v.order_k_BS.shape[1]
-    meets_IJ = np.asarray(kernels.may_meet(v, *kernels.cut_sides(v, BLOCK)))
+    meets_IJ = np.asarray(blocks.may_meet(v, *blocks.cut_sides(v, BLOCK)))
     size_q, size_k = (-(-length // -(-length // BLOCK)) for length in (length_q, length_k))
     for _, t, s in np.argwhere(brute_force(v)):
       assert meets_IJ[t // size_q, s // size_k]
@@ -209,7 +209,7 @@ def test_blockwise_meets_a_pair_of_blocks_wherever_a_token_sees_another():
 
 def test_blockwise_skips_the_future_other_documents_and_what_lies_outside_the_window():
   length = 32
-  meets = lambda v: np.asarray(kernels.may_meet(v, *kernels.cut_sides(v, 8))).astype(int).tolist()
+  meets = lambda v: np.asarray(blocks.may_meet(v, *blocks.cut_sides(v, 8))).astype(int).tolist()
   causal = Visibility(*one_document(1 + np.arange(length)))
   assert meets(causal) == [[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 1, 1]]
   assert meets(causal.replace(window=jnp.int32(9))) == [[1, 0, 0, 0], [1, 1, 0, 0], [0, 1, 1, 0], [0, 0, 1, 1]]
@@ -234,7 +234,7 @@ def test_blockwise_runs_under_scan_over_windows_checkpoint_and_vmap():
     loss = lambda x: ((jax.lax.scan(layer, x, windows_L)[0] + mapped(x, windows_L).sum(0)) * grad).sum()
     return jax.grad(loss)(0.5 * x)
 
-  wanted, got = jax.jit(lambda: (gradients(kernels.dense), gradients(kernels.blockwise)))()
+  wanted, got = jax.jit(lambda: (gradients(kernels.dense), gradients(blocks.blockwise)))()
   assert_close(got, wanted)
 
 
@@ -243,7 +243,7 @@ def test_blockwise_can_be_saved_by_name_and_then_runs_forward_once():
   q = arrays(v, N)[0]
 
   def num_loops(policy):
-    attend = jax.checkpoint(lambda x: kernels.blockwise(2 * x, x, x, v, scale=SCALE, block=BLOCK), policy=policy)
+    attend = jax.checkpoint(lambda x: blocks.blockwise(2 * x, x, x, v, scale=SCALE, block=BLOCK), policy=policy)
     return str(jax.make_jaxpr(jax.grad(lambda x: (attend(x) ** 2).sum()))(q)).count(' while[')
 
   saved = num_loops(jax.checkpoint_policies.save_only_these_names('attention_out', 'attention_lse'))
@@ -271,7 +271,7 @@ def test_blockwise_equals_dense_when_batch_and_heads_are_sharded():
   heads = PartitionSpec('data', None, 'tensor')
   got = run_kernels(place(v, PartitionSpec('data')), [place(a, heads) for a in x])['blockwise']
   assert_close(got, reference(v, *x, 0.0, False))
-  manual = jax.shard_map(lambda v, *x: kernels.blockwise(*x, v, scale=SCALE, block=BLOCK), mesh=mesh,
+  manual = jax.shard_map(lambda v, *x: blocks.blockwise(*x, v, scale=SCALE, block=BLOCK), mesh=mesh,
                          in_specs=(PartitionSpec('data'), heads, heads, heads), out_specs=heads)
   assert_close(jax.jit(manual)(v, *x[:3]), got[0])
 
@@ -284,7 +284,7 @@ def test_blockwise_memory_grows_linearly_with_length():
     compiled = jax.jit(jax.grad(loss, argnums=(1, 2, 3))).lower(Visibility(*integers), *x).compile()
     return compiled.memory_analysis().temp_size_in_bytes
 
-  short, long = (temporary_bytes(kernels.blockwise, length) for length in (4096, 16384))
+  short, long = (temporary_bytes(blocks.blockwise, length) for length in (4096, 16384))
   assert long <= 4.2 * short  # measured 1.2 to 1.7: a pair of blocks' scores cost the same at any length
   assert long < 16384 * 16384 * 4 / 50  # one matrix of scores is 1.07 GB
 
@@ -299,4 +299,4 @@ def test_dense_lends_its_probabilities_to_dropout_and_blockwise_refuses():
   sees_BT = brute_force(v).any(-1)
   np.testing.assert_allclose(np.moveaxis(lent[0].sum(-1), 1, 2)[sees_BT], 1.0, rtol=1e-6)
   with pytest.raises(kernels.UnsupportedAttention, match=r'dropout=0\.0, or config\.model\.attention\.kernel=dense'):
-    kernels.blockwise(q, k, v_, v, scale=SCALE, dropout=lambda p: p)
+    blocks.blockwise(q, k, v_, v, scale=SCALE, dropout=lambda p: p)

@@ -9,7 +9,8 @@ import pytest
 
 from jaxlm import trees
 from jaxlm.models.attention import Attention, Context, Tokens
-from jaxlm.models.kernels import Visibility, blockwise, dense
+from jaxlm.models.blocks import blockwise
+from jaxlm.models.kernels import Visibility, dense
 from jaxlm.models.positions import rope_tables
 from jaxlm.models.stack import init_cache, unstack
 
