@@ -20,7 +20,7 @@ NAMED = {
     'objective.name': (objectives.OBJECTIVES, 'objective'),
     'optim.name': (optim.OPTIMIZERS, 'optimizer'),
     'optim.schedule': (optim.SCHEDULES, 'schedule'),
-    'model.attention.kernel': (ring.KERNELS, 'attention kernel'),
+    'model.attention.kernel': ({ring.AUTO: None, **ring.KERNELS}, 'attention kernel'),
     'model.mlp.activation': (layers.ACTIVATIONS, 'activation'),
     'model.positions.kind': (positions.POSITIONS, 'kind of positions'),
     'model.positions.rope.scaling': (positions.ROPE_SCALINGS, 'rope scaling'),

@@ -223,7 +223,7 @@ CASES = (
          ("config.model.positions.rope.scaling: Unknown rope scaling 'llama'. Known: linear, llama3, none, ntk, "
           'yarn; or pass "module:attribute". Did you mean \'llama3\'?',)),
     Case('an unknown kernel', '--config=tiny.py --config.model.attention.kernel=flash',
-         ("config.model.attention.kernel: Unknown attention kernel 'flash'. Known: blockwise, dense, ring; or pass "
+         ("config.model.attention.kernel: Unknown attention kernel 'flash'. Known: auto, blockwise, cudnn, dense, ring; or pass "
           '"module:attribute".',)),
     Case('a kernel that does not import', '--config=tiny.py --config.model.attention.kernel=my_lab.kernels:ring',
          ("config.model.attention.kernel: Cannot import attention kernel 'my_lab.kernels:ring': No module named "
