@@ -340,7 +340,7 @@ SCHEMA: dict[str, Any] = dict(
     ),
 
     precision=dict(
-        compute=Key('float32', choice('float32', 'bfloat16')),  # of activations and matrix products
+        compute=Key('float32', choice('float32', 'bfloat16', 'float16')),  # of activations and matrix products
         params=Key('float32', choice('float32', 'bfloat16')),   # of the weights the optimizer keeps
     ),
 

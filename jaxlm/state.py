@@ -15,7 +15,9 @@ from jaxlm.models import stages
 from jaxlm.models.config import freeze
 from jaxlm.models.transformer import Transformer
 from jaxlm.sharding import Layout
-from jaxlm.types import Array, TrainState, Tree
+from jaxlm.types import Array, LossScale, TrainState, Tree
+
+FIRST_SCALE = 64.0  # of the sum of losses over a batch: of a mean over 1,000 targets it would be 64,000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,7 +105,8 @@ def init_state(model: Transformer, config: Any) -> Shapes:
     trained, frozen = trees.partition(made, trainable)
     # float32: a bfloat16 mean would hardly move.
     ema = jax.tree.map(lambda p: p.astype(jnp.float32), trained) if config.optim.ema_decay else None
-    return TrainState(jnp.zeros((), jnp.int32), trained, tx.init(trained), ema, rng), frozen
+    scale = LossScale(jnp.float32(FIRST_SCALE), jnp.int32(0)) if model.config.compute_dtype == 'float16' else None
+    return TrainState(jnp.zeros((), jnp.int32), trained, tx.init(trained), ema, rng, scale), frozen
 
   def placed(shapes, params, layout):
     """Shapes with shardings of anything that holds arrays like parameters."""

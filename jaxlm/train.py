@@ -23,7 +23,7 @@ from jaxlm.models import cost, ring, stages
 from jaxlm.models.transformer import Transformer
 from jaxlm.sharding import Layout
 from jaxlm.state import Shapes, build_model, init_state
-from jaxlm.types import Array, TrainState, Tree
+from jaxlm.types import Array, LossScale, TrainState, Tree
 
 # ---- the step ----------------------------------------------------------------------------------------------------
 
@@ -34,7 +34,7 @@ def make_step(loss_fn: LossFn, shapes: Shapes, config: Any):
   """Returns `step(state, frozen, batch) -> (state, metrics)`, compiled, its state donated.
 
   An update is left out where it, the loss or the gradient is not finite; `metrics['finite']` says so, and the step
-  still counts.
+  still counts. In float16 a gradient that is too large for it is no fault, as long as the loss can be scaled down.
 
   Args:
     loss_fn: (all parameters, batch, rng) -> (sum of losses, sums and counts); the sum is divided by the count of
@@ -44,17 +44,19 @@ def make_step(loss_fn: LossFn, shapes: Shapes, config: Any):
   """
   rate, shardings = optim.schedule(config.optim), jax.tree.map(lambda x: x.sharding, shapes.state)
 
-  def gradients(params, frozen, batch, rng):
-    loss = lambda params, batch: loss_fn(trees.combine(frozen, params) if frozen else params, batch, rng)
+  def gradients(params, frozen, batch, rng, scale):
+    def loss(params, batch):
+      total, sums = loss_fn(trees.combine(frozen, params) if frozen else params, batch, rng)
+      return total if scale is None else total * scale, sums
     (_, sums), grads = jax.value_and_grad(loss, has_aux=True)(params, batch)
     return jax.lax.with_sharding_constraint(grads, shapes.gradients), sums
 
-  def accumulated(params, frozen, batch, rng):
+  def accumulated(params, frozen, batch, rng, scale):
     if config.accumulation == 1:
-      return gradients(params, frozen, batch, rng)
+      return gradients(params, frozen, batch, rng, scale)
     # Strided: contiguous microbatches of a batch split over devices would be gathered.
     cut = lambda x: jnp.swapaxes(x.reshape(-1, config.accumulation, *x.shape[1:]), 0, 1)
-    one = lambda _, micro: (None, gradients(params, frozen, micro, rng))
+    one = lambda _, micro: (None, gradients(params, frozen, micro, rng, scale))
     add = lambda total, micro: (jax.tree.map(jnp.add, total, one(None, micro)[1]), None)
     micros = jax.tree.map(cut, batch)
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32),
@@ -78,19 +80,38 @@ def make_step(loss_fn: LossFn, shapes: Shapes, config: Any):
   def step(state: TrainState, frozen: Tree, batch: dict[str, Array]) -> tuple[TrainState, dict[str, Array]]:
     state = state.replace(opt_state=fetched(state.opt_state, near))
     rng = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
-    grads, sums = accumulated(state.params, frozen, batch, rng)
-    share = 1 / jnp.maximum(sums['objective'][1], 1)
+    scale = None if state.loss_scale is None else state.loss_scale.value
+    grads, sums = accumulated(state.params, frozen, batch, rng, scale)
+    share = 1 / jnp.maximum(sums['objective'][1], 1) / (1 if scale is None else scale)
     norm = optim.global_norm(grads) * share
     # Known before the update begins: where squares of the gradient can be summed, what an optimizer makes of them is
     # finite. A choice between old and new arrays after it would keep copies of the optimizer's.
     finite = jnp.isfinite(norm) & jnp.isfinite(sums['objective'][0])
     new = jax.lax.cond(finite, updated, lambda state, *_: state, state, grads, share, norm)
+    if scale is not None:
+      new = new.replace(loss_scale=_rescaled(state.loss_scale, finite))
+      finite |= jnp.isfinite(sums['objective'][0]) & (scale > LEAST_SCALE)
     metrics = {f'train/{name}': total / jnp.maximum(n, 1) for name, (total, n) in sums.items()}
     metrics |= {'train/grad_norm': norm, 'train/lr': rate(state.step), 'finite': finite, 'targets': sums['loss'][1]}
+    if scale is not None:
+      metrics['train/loss_scale'] = scale
     return new.replace(step=state.step + 1, opt_state=fetched(new.opt_state, shardings.opt_state)), metrics
 
   return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None),
                  compiler_options=sharding.compiler_options(shapes.layout.platform, config.compiler_options))
+
+
+LEAST_SCALE, MOST_SCALE, STEADY = 2.0 ** -14, 2.0 ** 24, 2000
+
+
+def _rescaled(scale: LossScale, finite: Array) -> LossScale:
+  """Half where a gradient was too large; twice after STEADY updates that were not.
+
+  Source: Micikevicius et al. 2018, Mixed precision training, arXiv:1710.03740, section 3.2.
+  """
+  steps = jnp.where(finite, scale.steps + 1, 0)
+  factor = jnp.where(finite, jnp.where(steps >= STEADY, 2.0, 1.0), 0.5)
+  return LossScale(jnp.clip(scale.value * factor, LEAST_SCALE, MOST_SCALE), jnp.where(steps >= STEADY, 0, steps))
 
 
 # ---- the loop ----------------------------------------------------------------------------------------------------

@@ -92,6 +92,18 @@ class Output:
 
 
 @flax.struct.dataclass
+class LossScale:
+  """What a loss is multiplied by before its gradient is taken: float16 has no numbers below 6e-8.
+
+  Attributes:
+    value: float32 [].
+    steps: int32 [], updates since it changed.
+  """
+  value: Array
+  steps: Array
+
+
+@flax.struct.dataclass
 class TrainState:
   """Everything a step changes.
 
@@ -101,9 +113,11 @@ class TrainState:
     opt_state: the optimizer's.
     ema: moving average of params, or None.
     rng: the run's base key; a step folds its number in and never changes it.
+    loss_scale: of float16; None where computing is in another dtype.
   """
   step: Array
   params: Tree
   opt_state: Tree
   ema: Tree | None
   rng: Array
+  loss_scale: LossScale | None = None

@@ -201,8 +201,8 @@ CASES = (
          ('config.model.attention.num_heads must be an integer, at least 1; got 0 (int).',)),
     Case('a mesh axis of size 0', '--config=tiny.py --config.mesh.data=0',
          ('config.mesh.data must be an integer, at least 1, or -1 for what is left; got 0 (int).',)),
-    Case('another choice', '--config=tiny.py --config.precision.compute=float16',
-         ("config.precision.compute must be text, one of 'float32', 'bfloat16'; got 'float16' (str).",)),
+    Case('another choice', '--config=tiny.py --config.precision.compute=float8',
+         ("config.precision.compute must be text, one of 'float32', 'bfloat16', 'float16'; got 'float8' (str).",)),
     Case('an unknown objective', '--config=tiny.py --config.objective.name=casual',
          ("config.objective.name: Unknown objective 'casual'. Known: causal, denoising, fim, infilling, masked, "
           'multi_token, next_sentence, permutation, prefix, replaced, sentence_order, span, translation, ul2; or pass '

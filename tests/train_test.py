@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlm import checkpoint, sharding, train
+from jaxlm import checkpoint, sharding, state, train
 from jaxlm.data.pipeline import documents_at
 from jaxlm import objectives
 from jaxlm.errors import JaxlmError, Preempted, RunFailed
@@ -250,6 +250,31 @@ def test_bfloat16_computes_near_float32_with_float32_weights(twenty, tmp_path):
   expected, found = twenty('float32'), twenty('bfloat16', **{'precision.compute': 'bfloat16'})
   np.testing.assert_allclose(list(found.values()), list(expected.values()), rtol=0.02)  # bfloat16 has 3 digits
   assert {x.dtype for x in params(f'{tmp_path}/bfloat16', 20).values()} == {np.dtype('float32')}
+
+
+def test_float16_scales_the_loss_down_until_its_gradient_fits(tiny, tmp_path, monkeypatch):
+  monkeypatch.setattr(state, 'FIRST_SCALE', 2.0 ** 20)
+  monkeypatch.setattr(train, 'STEADY', 6)
+  mesh(tiny).update(steps=20, save_every=7)
+  tiny.precision.compute = 'float16'
+  train.run(tiny, f'{tmp_path}/whole')
+  lines = [line for line in read_jsonl(f'{tmp_path}/whole/metrics.jsonl') if 'train/loss_scale' in line]
+  scales, found = [line['train/loss_scale'] for line in lines], losses(f'{tmp_path}/whole')
+  # Updates that were left out on the way are no fault: the run goes on, though config.on_nonfinite is 'stop'.
+  assert scales[0] == 2.0 ** 20 and scales[0] > min(scales) and max(np.diff(scales)) > 0  # down, later up again
+  assert all(b in (a, a / 2, 2 * a) for a, b in zip(scales, scales[1:]))
+  assert found[20] < found[1] - 0.2
+  with monkeypatch.context() as patch:
+    stop_after(patch, 5)
+    with pytest.raises(Preempted):
+      train.run(tiny, f'{tmp_path}/parts')
+  train.run(tiny, f'{tmp_path}/parts')
+  jax.tree.map(np.testing.assert_array_equal, params(f'{tmp_path}/parts', 20), params(f'{tmp_path}/whole', 20))
+
+
+def test_float16_computes_near_float32(twenty, tmp_path):
+  found, wanted = twenty('half', **{'precision.compute': 'float16'}), twenty('full')
+  assert max(abs(found[step] - wanted[step]) for step in wanted) < 0.02
 
 
 def test_ema_is_kept_and_evaluated(tiny, tmp_path):
