@@ -1,6 +1,7 @@
 """Measures jaxlm: beside a peer where one is named, and by itself; ratios and shares, the median of several rounds.
 
   python -m jaxlm.bench --suites=train,decode --against=transformers,transformers-compiled [--shapes=gpt2-6x384,...]
+  python -m jaxlm.bench --suites=train,decode --against=transformers-compiled   # on a machine with a GPU: its own shapes
   python -m jaxlm.bench --suites=compile,data,prepare,loop,memory [--output=lines.jsonl] [--chart=bars.png]
 
 train     tokens a second of training, losses and peak memory, beside the others on the same weights and batches
@@ -21,6 +22,7 @@ Prints a table, and writes a JSON object a line with --output, a bar chart with 
 machine, ratios less so: sides take turns, each in a process of its own.
 """
 import json
+import os
 from typing import Any, Callable, Iterator, Sequence
 
 from absl import flags
@@ -31,7 +33,7 @@ from jaxlm.lookup import lookup
 
 SUITES = flags.DEFINE_list('suites', ['train', 'decode'], 'What to measure.')
 AGAINST = flags.DEFINE_list('against', [], 'Peers of train and decode: transformers, transformers-compiled.')
-SHAPES = flags.DEFINE_list('shapes', [], 'Models of train and decode; by default all that they know.')
+SHAPES = flags.DEFINE_list('shapes', [], 'Models of train and decode; by default those for the device that is there.')
 ROUNDS = flags.DEFINE_integer('rounds', 5, 'Alternating rounds of each pair.', lower_bound=1)
 OUTPUT = flags.DEFINE_string('output', None, 'Also append a JSON object a line to this file.')
 CHART = flags.DEFINE_string('chart', None, 'Also draw the ratios to this PNG; needs matplotlib.')
@@ -41,13 +43,13 @@ Line = dict[str, Any]
 
 def _train(rounds: int) -> Iterator[Line]:
   from jaxlm.speed import duel, shapes
-  for shape in _shapes(list(shapes.SHAPES)):
+  for shape in _shapes(shapes.trained(_platform())):
     yield duel.training(shape, _sides(), rounds)
 
 
 def _decode(rounds: int) -> Iterator[Line]:
   from jaxlm.speed import duel, shapes
-  for shape in _shapes(shapes.DECODED):
+  for shape in _shapes(shapes.decoded(_platform())):
     for rows in (1, 8):
       yield duel.generating(shape, _sides(), rounds, rows)
 
@@ -79,11 +81,18 @@ def _sides() -> list[str]:
   return [duel.SIDES[0], *AGAINST.value]
 
 
-def _shapes(known: Sequence[str]) -> list[str]:
+def _platform() -> str:
+  import jax
+  return jax.devices()[0].platform
+
+
+def _shapes(usual: Sequence[str]) -> list[str]:
+  from jaxlm.speed.shapes import LARGE, SHAPES as small
+  known = [*small, *LARGE]
   for name in SHAPES.value:
     if name not in known:
-      raise JaxlmError(f'--shapes={name}: unknown here; name some of {", ".join(known)}.')
-  return SHAPES.value or list(known)
+      raise JaxlmError(f'--shapes={name}: unknown; name some of {", ".join(known)}.')
+  return SHAPES.value or list(usual)
 
 
 def rows(line: Line) -> Iterator[str]:
@@ -95,6 +104,8 @@ def rows(line: Line) -> Iterator[str]:
   for i, side in enumerate(line['sides']):
     told = [f'{line["measure"] if not i else "":38s} {side:22s} {line["speed"][i]:>9,.0f} {line["unit"]}',
             f'{100 * line[share][i]:5.1f}% {share.removeprefix("share_").replace("_", " ")}']
+    if 'mfu' in line:
+      told.append(f'MFU {100 * line["mfu"][i]:.1f}%')
     if 'peak_bytes' in line:
       told.append(f'{line["peak_bytes"][i] / 1e9:5.2f} GB')
     if i:
@@ -122,6 +133,7 @@ def main(argv: list[str]) -> None:
   if not suites:
     raise JaxlmError(f'--suites is empty; name some of {", ".join(TABLE)}.')
   _sides()
+  os.environ.setdefault('XLA_PYTHON_CLIENT_PREALLOCATE', 'false')  # sides share a GPU's memory
   from jaxlm.speed import machine
   lines, told = [], machine.described()
   print(json.dumps(told, ensure_ascii=False), flush=True)

@@ -10,11 +10,11 @@ from typing import Any, Iterator, Sequence
 
 import numpy as np
 
-from jaxlm import programs
+from jaxlm import hardware, programs
 from jaxlm.errors import RunFailed
 from jaxlm.models import cost
 from jaxlm.speed import machine
-from jaxlm.speed.shapes import LONG, SHAPES, assembled
+from jaxlm.speed.shapes import ALL, LONG, assembled
 
 SIDES = ('jaxlm', 'transformers', 'transformers-compiled')
 WARM = 20    # steps before time is taken, whose losses are compared
@@ -90,7 +90,7 @@ def training(shape: str, names: Sequence[str], rounds: int, steps: int = 3) -> L
   the most memory a process held; the share of the rate at which plain products of the same shapes run alone, counting
   the model's arithmetic only.
   """
-  config = SHAPES[shape]()
+  config = ALL[shape]()
   parts = assembled(config)
   flops = config.batch_size * cost.flops_per_row(parts.model.config, parts.lengths)
   with _sides(names, 'Trainer', shape) as sides:
@@ -100,6 +100,10 @@ def training(shape: str, names: Sequence[str], rounds: int, steps: int = 3) -> L
   limit = machine.product_rate(config)
   line = _line(f'training {shape}', names, steps * config.batch_size * config.seq_len, taken)
   shares = [flops * steps / statistics.median(column) / limit for column in zip(*taken)]
+  kind, dtype = machine.described()['device'], config.precision.compute
+  if found := hardware.of_device(kind):
+    peak = hardware.peak(found[1], found[0], dtype)
+    line |= dict(mfu=[round(flops * steps / statistics.median(column) / peak, 3) for column in zip(*taken)])
   differ = [max(abs(a - b) for a, b in zip(losses[0], other)) for other in losses[1:]]
   return line | dict(loss_difference=[float(f'{x:.2g}') for x in differ], peak_bytes=peaks,
                      products_gflops=round(limit / 1e9, 1), share_of_products=[round(x, 3) for x in shares])
@@ -123,7 +127,7 @@ def generating(shape: str, names: Sequence[str], rounds: int, rows: int, steps: 
   Beside the ratios: whether all sides say the same; the share of the rate at which memory is read, were the weights
   alone read for each token.
   """
-  config = SHAPES[shape]()
+  config = ALL[shape]()
   prompts = np.random.default_rng(0).integers(8, config.model.vocab_size, (rows, PROMPT)).tolist()
   with _sides(names, 'Generator', shape) as sides:
     said = [side('run', prompts, steps)['result'] for side in sides]

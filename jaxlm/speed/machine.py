@@ -57,7 +57,7 @@ def product_rate(config: Any) -> float:
   """FLOP/s of the products with weights of a model's forward pass, each run alone as a plain matrix product."""
   flops = seconds = 0.0
   for (m, k, n), count in _products(config).items():
-    a, b = (jax.random.normal(jax.random.key(0), shape) for shape in ((m, k), (k, n)))
+    a, b = (jax.random.normal(jax.random.key(0), shape, config.precision.compute) for shape in ((m, k), (k, n)))
     multiply = jax.jit(jnp.matmul, compiler_options=sharding.compiler_options(jax.devices()[0].platform))
     flops += count * 2 * m * k * n
     seconds += count * _seconds(multiply, a, b)

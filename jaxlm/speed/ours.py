@@ -46,6 +46,7 @@ class Generator:
     params = parts.shapes.fresh(config.seed)[0].params
     if not os.path.exists(os.path.join(folder, 'config.json')):
       hf.save_folder(folder, parts.model.config, jax.device_get(params))
+    params = jax.tree.map(lambda x: x.astype(config.precision.compute), params)  # as a model is served
     self.model, self.params = reading.unrolled(parts.model, params)
 
   def run(self, prompts: np.ndarray, steps: int) -> list[list[int]]:

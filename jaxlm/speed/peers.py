@@ -22,7 +22,12 @@ def _model(folder: str, compiled: bool) -> tuple[Any, Any]:
     if 'dropout' in key or key.endswith('_pdrop'):
       setattr(config, key, 0.0)
   model = getattr(transformers, config.architectures[0]).from_pretrained(folder, config=config, dtype=torch.float32)
+  model = model.to(_device(torch))
   return torch, torch.compile(model) if compiled else model
+
+
+def _device(torch: Any) -> str:
+  return 'cuda' if torch.cuda.is_available() else 'cpu'
 
 
 class Trainer:
@@ -31,6 +36,7 @@ class Trainer:
   def __init__(self, config: Any, folder: str, compiled: bool = False):
     torch, model = _model(folder, compiled)
     self.torch, self.model, self.clip = torch, model.train(), config.optim.clip_norm
+    self.device, self.half = _device(torch), config.precision.compute == 'bfloat16'
     adam = config.optim.adamw
     self.optimizer = torch.optim.AdamW(self.model.parameters(), config.optim.lr, (adam.b1, adam.b2), adam.eps,
                                        weight_decay=config.optim.weight_decay, fused=True)
@@ -38,17 +44,18 @@ class Trainer:
 
   def _inputs(self, batch: dict[str, np.ndarray]) -> tuple[dict[str, Any], Any]:
     """(what the model reads, what it shall predict, -100 where nothing)."""
-    ids = lambda key: self.torch.tensor(batch[key], dtype=self.torch.long)
+    tensor = lambda x, **given: self.torch.tensor(x, device=self.device, **given)
+    ids = lambda key: tensor(batch[key], dtype=self.torch.long)
     labels = np.where(batch['loss_weights'] > 0, batch['targets'], -100)
     if 'source_tokens' in batch:
-      return dict(input_ids=ids('source_tokens'), decoder_input_ids=ids('tokens'), attention_mask=self.torch.tensor(
-          batch['source_segment_ids'] > 0)), self.torch.tensor(labels, dtype=self.torch.long)
+      return dict(input_ids=ids('source_tokens'), decoder_input_ids=ids('tokens'), attention_mask=tensor(
+          batch['source_segment_ids'] > 0)), tensor(labels, dtype=self.torch.long)
     if 'target_index' in batch:
       whole = np.full_like(batch['tokens'], -100)
       rows, places = np.nonzero(labels != -100)
       whole[rows, batch['target_index'][rows, places]] = labels[rows, places]
       labels = whole
-    return dict(input_ids=ids('tokens')), self.torch.tensor(labels, dtype=self.torch.long)
+    return dict(input_ids=ids('tokens')), tensor(labels, dtype=self.torch.long)
 
   def run(self, steps: int) -> list[float]:
     """Losses of so many steps."""
@@ -56,8 +63,9 @@ class Trainer:
     for _ in range(steps):
       inputs, labels = self.batches[self.done % len(self.batches)]
       self.optimizer.zero_grad(set_to_none=True)
-      logits = self.model(**inputs).logits
-      loss = self.torch.nn.functional.cross_entropy(logits.view(-1, logits.shape[-1]), labels.view(-1))
+      with self.torch.autocast(self.device, self.torch.bfloat16, enabled=self.half):
+        logits = self.model(**inputs).logits
+      loss = self.torch.nn.functional.cross_entropy(logits.float().view(-1, logits.shape[-1]), labels.view(-1))
       loss.backward()
       self.torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.clip)
       self.optimizer.step()
@@ -70,14 +78,13 @@ class Generator:
   """As `ours.Generator`, by `generate` with its cache."""
 
   def __init__(self, config: Any, folder: str, compiled: bool = False):
-    del config
     self.torch, model = _model(folder, compiled)
-    self.model = model.eval()
+    self.model = model.eval().to(getattr(self.torch, config.precision.compute))
 
   def run(self, prompts: np.ndarray, steps: int) -> list[list[int]]:
     """`steps` ids after each of the prompts [B, P]."""
     with self.torch.inference_mode():
-      given = self.torch.tensor(prompts)
+      given = self.torch.tensor(prompts, device=_device(self.torch))
       ids = self.model.generate(given, attention_mask=self.torch.ones_like(given),
                                 max_new_tokens=steps, min_new_tokens=steps, do_sample=False, pad_token_id=0)
     return ids[:, prompts.shape[1]:].tolist()

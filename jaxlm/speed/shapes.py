@@ -45,6 +45,27 @@ SHAPES: dict[str, Callable[[], Any]] = {
 }
 
 
+def _large(model: dict[str, Any], batch_size: int) -> Any:
+  config = _config(model | dict(max_length=2048, attention=model['attention'] | dict(kernel='auto')), 'causal', 32_000, 2048,
+                   batch_size)
+  config.precision.compute = 'bfloat16'
+  return config
+
+
+def _llama_of(layers: int, width: int, heads: int, hidden: int) -> dict[str, Any]:
+  shape = llama.SIZES['3-8b']
+  return shape | dict(width=width, num_layers=layers, mlp=shape['mlp'] | dict(width=hidden),
+                      attention=shape['attention'] | dict(num_heads=heads, num_kv_heads=heads, head_dim=width // heads))
+
+
+# For one accelerator: bfloat16 products of float32 weights, rows of 2,048.
+LARGE: dict[str, Callable[[], Any]] = {
+    'gpt2-124m-2048': lambda: _large(gpt2.SIZES['124m'], 16),
+    'llama-1.3b-2048': lambda: _large(_llama_of(24, 2048, 16, 5504), 8),
+    'llama-7b-4-2048': lambda: _large(_llama_of(4, 4096, 32, 11_008), 8),
+}
+
+
 def _long(kernel: str, length: int) -> Any:
   shape = _llama()
   return _config(shape | dict(num_layers=2, max_length=length, attention=shape['attention'] | dict(kernel=kernel)),
@@ -59,7 +80,18 @@ LONG: dict[str, Callable[[], Any]] = {
 }
 
 
-DECODED = ['gpt2-6x384', 'gpt2-124m']  # those that continue texts beside a peer
+ALL = SHAPES | LARGE | LONG
+DECODED = {'cpu': ['gpt2-6x384', 'gpt2-124m'], 'gpu': ['gpt2-124m-2048', 'llama-1.3b-2048']}  # beside a peer
+
+
+def trained(platform: str) -> list[str]:
+  """Names of the models that are trained beside a peer's on a platform."""
+  return list(SHAPES if platform == 'cpu' else LARGE)
+
+
+def decoded(platform: str) -> list[str]:
+  """Names of those that continue texts."""
+  return DECODED['cpu' if platform == 'cpu' else 'gpu']
 
 
 def assembled(config: Any) -> train.Parts:

@@ -10,12 +10,12 @@ import time
 
 import numpy as np
 
-from jaxlm.speed.shapes import LONG, SHAPES
+from jaxlm.speed.shapes import ALL
 
 
 def make(side: str, job: str, shape: str, folder: str):
   """What does the job: a Trainer or Generator of one of the sides."""
-  config = (SHAPES | LONG)[shape]()
+  config = ALL[shape]()
   if side == 'jaxlm':
     from jaxlm.speed import ours
     return getattr(ours, job)(config, folder)
