@@ -97,18 +97,21 @@ def init_cache(config: ModelConfig, batch: int, slots: int) -> LayerCache:
   return LayerCache(k, v, Tokens(*(jnp.zeros((batch, slots), jnp.int32) for _ in range(4))))
 
 
-def _write(cache: LayerCache, k_BTKH: Array, v_BTKH: Array, tokens: Tokens, slots_BT: Array) -> LayerCache:
+def _write(layout: Layout, cache: LayerCache, k_BTKH: Array, v_BTKH: Array, tokens: Tokens,
+           slots_BT: Array) -> LayerCache:
   """The cache with new tokens in their slots; padding, and what a ring would overwrite at once, is dropped."""
   slots = cache.k.shape[2]
   last_B1 = jnp.where(tokens.segments > 0, slots_BT, -1).max(axis=1, keepdims=True)
   kept_BT = (tokens.segments > 0) & (slots_BT > last_B1 - slots)
   slot_BT = jnp.where(kept_BT, slots_BT % slots, slots)
-  # A row at a time: where rows are spread over devices, each writes its own.
-  heads = jnp.arange(cache.k.shape[1])[:, None]
-  put_heads = jax.vmap(lambda old, new, slot_T: old.at[heads, slot_T].set(new.astype(old.dtype), mode='drop'))
-  put = jax.vmap(lambda old, new, slot_T: old.at[slot_T].set(new, mode='drop'))
+  # A row at a time: where rows are spread over devices, each writes its own; and a head at a time where heads are. Where
+  # they are not, XLA on a CPU writes in place only if the head is an index as the slot is: a quarter of a token's time.
+  put = lambda old, new, slot_T: old.at[slot_T].set(new.astype(old.dtype), mode='drop')
+  put_rows, heads = jax.vmap(put), jnp.arange(cache.k.shape[1])[:, None]
+  put_heads = jax.vmap(jax.vmap(put, (0, 0, None)) if layout.parts('kv_heads') > 1 else
+                       lambda old, new, slot_T: put(old, new, (heads, slot_T)))
   return LayerCache(put_heads(cache.k, _turned(k_BTKH), slot_BT), put_heads(cache.v, _turned(v_BTKH), slot_BT),
-                    jax.tree.map(lambda old, new: put(old, new, slot_BT), cache.tokens, tokens))
+                    jax.tree.map(lambda old, new: put_rows(old, new, slot_BT), cache.tokens, tokens))
 
 
 def _turned(x: Array) -> Array:
@@ -116,10 +119,10 @@ def _turned(x: Array) -> Array:
   return jnp.swapaxes(x, 1, 2)
 
 
-def _extend(cache: LayerCache, k_BTKH: Array, v_BTKH: Array, tokens: Tokens, slots_BT: Array,
+def _extend(layout: Layout, cache: LayerCache, k_BTKH: Array, v_BTKH: Array, tokens: Tokens, slots_BT: Array,
             window: int) -> tuple[LayerCache, Array, Array, Tokens]:
   """(the new cache, then the keys, values and their tokens that this call's queries look at)."""
-  new = _write(cache, k_BTKH, v_BTKH, tokens, slots_BT)
+  new = _write(layout, cache, k_BTKH, v_BTKH, tokens, slots_BT)
   # A ring may drop what an early query of this call still sees, so then old and new stand side by side.
   if slots_BT.shape[1] == 1 or not window or slots_BT.shape[1] + window - 1 <= cache.k.shape[2]:
     return new, _turned(new.k), _turned(new.v), new.tokens
@@ -211,7 +214,7 @@ class Attention(nn.Module):
       q_BTNH = apply_rope(q_BTNH, rotations, interleaved)
       k_BSKH = apply_rope(k_BSKH, jax.tree.map(lambda x: x[:, of_keys], rotations), interleaved)
     if cache is not None:
-      cache, k_BSKH, v_BSKH, seen = _extend(cache, k_BSKH, v_BSKH, seen, context.slots, window or 0)
+      cache, k_BSKH, v_BSKH, seen = _extend(self.layout, cache, k_BSKH, v_BSKH, seen, context.slots, window or 0)
     return q_BTNH, k_BSKH, v_BSKH, seen, cache
 
   def _relative(self, q_BTNH: Array, tokens: Tokens, seen: Tokens, scale: float) -> tuple[Array, Bias]:
@@ -269,7 +272,8 @@ class Attention(nn.Module):
               None)
     q_BTNC = jnp.einsum('BTNH,CNH->BTNC', q_BTNH[..., :H], key_CNH)
     fresh_BS1X = jnp.concatenate([c_BSC[:, :, None], k_rope_BS1R], -1)
-    cache, k_BS1X, _, seen = _extend(cache, fresh_BS1X, fresh_BS1X[..., :0], context.seen, context.slots, window or 0)
+    cache, k_BS1X, _, seen = _extend(self.layout, cache, fresh_BS1X, fresh_BS1X[..., :0], context.seen, context.slots,
+                                      window or 0)
     return (jnp.concatenate([q_BTNC, q_rope_BTNR], -1),
             lambda out_BTNC: jnp.einsum('BTNC,CNV->BTNV', out_BTNC, value_CNV), k_BS1X, k_BS1X[..., :C], seen, cache)
 

@@ -105,11 +105,12 @@ def test_a_scanned_stack_writes_the_same_cache(model_of, params_of):
 def test_a_ring_keeps_the_last_tokens_and_drops_padding(model_of):
   slots, T = 3, 5
   attention = _attention(num_heads=1, num_kv_heads=1, head_dim=1, windows=(slots,))
-  empty = init_cache(model_of(num_layers=1, attention=attention).config, 2, T)[0].mixer
+  model = model_of(num_layers=1, attention=attention)
+  empty = init_cache(model.config, 2, T)[0].mixer
   positions = jnp.broadcast_to(jnp.arange(T), (2, T))
   segments = jnp.array([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0]])
   values = positions[..., None, None].astype(jnp.float32) + 10
-  cache = _write(empty, values, -values, Tokens(positions + 1, segments, positions, 0 * positions), positions)
+  cache = _write(model.layout, empty, values, -values, Tokens(positions + 1, segments, positions, 0 * positions), positions)
   np.testing.assert_array_equal(cache.tokens.positions, [[3, 4, 2], [0, 1, 0]])
   np.testing.assert_array_equal(cache.tokens.segments, [[1, 1, 1], [1, 1, 0]])
   np.testing.assert_array_equal(cache.k.reshape(2, slots), [[13, 14, 12], [10, 11, 0]])
