@@ -245,6 +245,16 @@ def test_the_whole_gradient_is_clipped_before_anything_else():
                              small['a']['kernel'], atol=1e-6)
 
 
+def test_a_norm_that_is_known_clips_as_one_that_is_taken_does():
+  axes, params = {'w': (None,)}, {'w': jnp.zeros(4)}
+  tx = optim.make(_optim(name='sgd', lr=1.0, schedule='constant', weight_decay=0.0, clip_norm=0.5), axes)
+  grads = {'w': jnp.asarray([3.0, 0.0, 4.0, 0.0])}
+  update = lambda **known: tx.update(grads, tx.init(params), params, **known)[0]['w']
+  np.testing.assert_allclose(update(norm=jnp.float32(5.0)), update(), rtol=1e-6)
+  np.testing.assert_allclose(update(norm=jnp.float32(10.0)), update() / 2, rtol=1e-6)
+  np.testing.assert_allclose(optim.global_norm(grads), optax.global_norm(grads), rtol=1e-6)
+
+
 def test_an_unknown_optimizer_names_the_known_ones():
   with pytest.raises(JaxlmError, match="Unknown optimizer 'adamv'.* Did you mean 'adamw'"):
     optim.make(_optim(name='adamv'), {})

@@ -316,3 +316,13 @@ def test_full_remat_holds_less_memory(model_of, params_of):
     compiled = jax.jit(_gradient(model)).lower(params_of(model), batch).compile()
     held[remat] = compiled.memory_analysis().temp_size_in_bytes
   assert held['full'] < 0.5 * held['none'], held
+
+
+@pytest.mark.parametrize('tied', [True, False])
+def test_logits_of_few_rows_are_those_of_many(tied, model_of, params_of, monkeypatch):
+  model = model_of(num_layers=1, tie_embeddings=tied)
+  params = params_of(model)
+  batch = {'tokens': jnp.arange(6, dtype=jnp.int32).reshape(2, 3)}
+  few = model.apply({'params': params}, batch).logits
+  monkeypatch.setattr(transformer_module, 'FEW', 0)
+  np.testing.assert_allclose(few, model.apply({'params': params}, batch).logits, atol=1e-6)
