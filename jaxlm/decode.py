@@ -124,12 +124,9 @@ class Rows:
 @functools.partial(jax.jit, static_argnames=('model', 'program', 'length'))
 def _start(model, params, program, numbers, inputs, length) -> tuple[Rows, Array]:
   """Prompts read, the first token chosen: (state, ids [B, 1])."""
-  logits_BV, cache, seen_BV = reading.prefill(model, params, program, inputs, length)
-  ids_B = choose(program, numbers, logits_BV, seen_BV, inputs.rows_B, inputs.lengths_B)
-  empty_B = inputs.lengths_B == 0
-  done_B = reading.replicated(model, empty_B | ends(program, ids_B))
-  state = Rows(cache, seen_BV, ids_B, inputs.lengths_B, done_B, reading.continued(inputs))
-  return state, reading.replicated(model, jnp.where(empty_B, NONE, ids_B)[:, None])
+  cache, seen_BV, ids_B, done_B = reading.begin(model, params, program, numbers, inputs, length)
+  state = Rows(cache, seen_BV, ids_B, inputs.lengths_B, reading.replicated(model, done_B), reading.continued(inputs))
+  return state, reading.told(model, inputs, ids_B)
 
 
 @functools.partial(jax.jit, static_argnames=('model', 'program'), donate_argnames=('state',))

@@ -49,9 +49,9 @@ def main(argv: list[str]) -> None:
   if not prompts:
     raise JaxlmError('There is nothing to continue; give --prompt=TEXT or --prompt_file=FILE (--prompt= begins a '
                      'text).')
-  from jaxlm import loading  # late, for it imports jax
   if _STREAM.value and len(prompts) > 1:
     raise JaxlmError(f'--stream prints one continuation as it comes; give one prompt, not {len(prompts)}.')
+  from jaxlm import loading  # late, for it imports jax
   model = loading.load(_MODEL.value, dtype=_DTYPE.value)
   max_new_tokens = _MAX_NEW_TOKENS.value
   if max_new_tokens is None:

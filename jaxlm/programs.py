@@ -127,9 +127,9 @@ PAGES = 'GLIBC_TUNABLES'
 def surroundings(given: Mapping[str, str]) -> dict[str, str]:
   """The environment a program should run in: what it was given, and what that does not say.
 
-  What XLA compiled is kept in the user's cache folder. Memory comes in pages of 2 MB where the system gives them to those
-  who ask: a training step takes and returns all its arrays, and on a CPU spent up to a tenth of its time on pages of 4 kB. The
-  C library reads that only when a process starts.
+  What XLA compiled is kept in the user's cache folder. Memory comes in pages of 2 MB where the system gives them to
+  those who ask: a training step takes and returns all its arrays, and on a CPU spent up to a tenth of its time on pages
+  of 4 kB. The C library reads that only when a process starts.
   """
   wanted = {'JAX_COMPILATION_CACHE_DIR': str(folders.cache('programs'))} | dict(given)
   tunables = given.get(PAGES, '')

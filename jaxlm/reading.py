@@ -14,7 +14,7 @@ from jaxlm.errors import JaxlmError
 from jaxlm.models.config import ModelConfig
 from jaxlm.models.stack import BlockCache, init_cache, join, unstack
 from jaxlm.models.transformer import Transformer
-from jaxlm.sampling import Program, bucket
+from jaxlm.sampling import Program, bucket, choose, ends
 from jaxlm.types import Array, Prompt, Tree
 
 PIECE = 512       # columns of a prompt read at once
@@ -194,6 +194,19 @@ def prefill(model: Transformer, params: Tree, program: Program, inputs: Inputs, 
   if program.penalises:
     seen_BV = jnp.zeros(logits_BV.shape, bool).at[jnp.arange(B)[:, None], inputs.tokens_BT].max(real_BT)
   return logits_BV, cache, seen_BV
+
+
+def begin(model: Transformer, params: Tree, program: Program, numbers: dict[str, Array], inputs: Inputs, length: int,
+          spare: int = 0) -> tuple[list[BlockCache], Array | None, Array, Array]:
+  """Prompts read, the first token chosen: (cache, which ids were seen, the token [B], which rows have ended)."""
+  logits_BV, cache, seen_BV = prefill(model, params, program, inputs, length, spare)
+  ids_B = choose(program, numbers, logits_BV, seen_BV, inputs.rows_B, inputs.lengths_B)
+  return cache, seen_BV, ids_B, (inputs.lengths_B == 0) | ends(program, ids_B)
+
+
+def told(model: Transformer, inputs: Inputs, ids_B: Array) -> Array:
+  """[B, 1], the first token of each row; NONE where a row only fills the batch up."""
+  return replicated(model, jnp.where(inputs.lengths_B == 0, NONE, ids_B)[:, None])
 
 
 def _piece(config: ModelConfig, length: int) -> int:

@@ -72,6 +72,7 @@ class Program:
     samples: False: the likeliest token.
     candidates: how many of the likeliest logits are sorted for top_k and top_p; 0: none.
     nucleus: whether top_p cuts.
+    floor: whether min_p does.
     penalises: whether repetition costs.
   """
   vocab_size: int
@@ -79,6 +80,7 @@ class Program:
   samples: bool
   candidates: int
   nucleus: bool
+  floor: bool
   penalises: bool
 
 
@@ -89,7 +91,7 @@ def specialised(vocab_size: int, sampling: Sampling, eos: Sequence[int]) -> Prog
   nucleus = samples and sampling.top_p < 1
   candidates = min(bucket(top_k, 1), vocab_size) if top_k else vocab_size if nucleus else 0
   return Program(vocab_size, tuple(sorted(set(map(int, eos)))), samples, candidates, nucleus,
-                 sampling.repetition_penalty != 1)
+                 samples and sampling.min_p > 0, sampling.repetition_penalty != 1)
 
 
 def sampling_numbers(sampling: Sampling, program: Program) -> dict[str, Array]:
@@ -109,18 +111,25 @@ def penalised(program: Program, numbers: dict[str, Array], scores_BV: Array, see
 
 
 def restricted(program: Program, numbers: dict[str, Array], logits_BV: Array) -> Array:
-  """Logits at the temperature, -inf outside top_k and top_p."""
+  """Logits at the temperature, -inf outside top_k, top_p and min_p."""
   logits_BV = logits_BV / numbers['temperature']
-  logits_BV = jnp.where(logits_BV >= logits_BV.max(-1, keepdims=True) + jnp.log(numbers['min_p']), logits_BV, -jnp.inf)
-  if not program.candidates:
-    return logits_BV
+  last_B1 = -jnp.inf
+  if program.candidates:
+    last_B1 = _last(program, numbers, logits_BV)
+  if program.floor:  # the likeliest is always kept, so the share is the same before the others are cut and after
+    last_B1 = jnp.maximum(last_B1, logits_BV.max(-1, keepdims=True) + jnp.log(numbers['min_p']))
+  return jnp.where(logits_BV >= last_B1, logits_BV, -jnp.inf) if program.candidates or program.floor else logits_BV
+
+
+def _last(program: Program, numbers: dict[str, Array], logits_BV: Array) -> Array:
+  """[B, 1], the least logit that top_k and top_p keep."""
   best_BC = jax.lax.top_k(logits_BV, program.candidates)[0]
   last_B1 = jnp.take_along_axis(best_BC, jnp.full((best_BC.shape[0], 1), numbers['top_k'] - 1), axis=1)
   if program.nucleus:
     probs_BC = jax.nn.softmax(jnp.where(best_BC >= last_B1, best_BC, -jnp.inf), axis=-1)
     before_BC = jnp.cumsum(probs_BC, axis=-1) - probs_BC
     last_B1 = jnp.where(before_BC < numbers['top_p'], best_BC, jnp.inf).min(-1, keepdims=True).clip(min=last_B1)
-  return jnp.where(logits_BV >= last_B1, logits_BV, -jnp.inf)
+  return last_B1
 
 
 def likeliest(logits_BV: Array) -> Array:

@@ -20,7 +20,7 @@ from jaxlm.errors import JaxlmError
 from jaxlm.models.stack import BlockCache
 from jaxlm.models.transformer import Transformer
 from jaxlm.reading import NONE
-from jaxlm.sampling import (Program, Sampling, choose, ends, keys, likeliest, penalised, restricted, sampling_numbers,
+from jaxlm.sampling import (Program, Sampling, ends, keys, likeliest, penalised, restricted, sampling_numbers,
                             specialised)
 from jaxlm.types import Array, Ids, Tree
 
@@ -117,19 +117,17 @@ def loop(guesses: Guesses, model: Transformer, params: Tree, inputs: reading.Inp
 @functools.partial(jax.jit, static_argnames=('model', 'program', 'length', 'draft', 'lookup', 'tokens'))
 def _start(model, params, draft_params, program, numbers, inputs, max_new_tokens, length, draft, lookup, tokens):
   """Prompts read by all who must, the first token chosen: (state, ids [B, 1])."""
-  logits_BV, cache, seen_BV = reading.prefill(model, params, program, inputs, length, tokens)
-  ids_B = choose(program, numbers, logits_BV, seen_BV, inputs.rows_B, inputs.lengths_B)
-  B, T = inputs.tokens_BT.shape
+  cache, seen_BV, ids_B, done_B = reading.begin(model, params, program, numbers, inputs, length, tokens)
+  T = inputs.tokens_BT.shape[1]
   if lookup:
     guesser = _put(jnp.pad(inputs.tokens_BT, ((0, 0), (0, max(length - T, 0)))), ids_B[:, None], inputs.lengths_B,
                    jnp.ones_like(ids_B))
   else:
     _, guesser, _ = reading.prefill(draft, draft_params, program, inputs, length, tokens)
-  empty_B, ends_B = inputs.lengths_B == 0, inputs.lengths_B + max_new_tokens
-  done_B = empty_B | ends(program, ids_B) | (max_new_tokens <= 1)
-  state = Rows(cache, guesser, seen_BV, ids_B, inputs.lengths_B, ends_B, reading.replicated(model, done_B),
+  done_B = reading.replicated(model, done_B | (max_new_tokens <= 1))
+  state = Rows(cache, guesser, seen_BV, ids_B, inputs.lengths_B, inputs.lengths_B + max_new_tokens, done_B,
                reading.continued(inputs))
-  return state, reading.replicated(model, jnp.where(empty_B, NONE, ids_B)[:, None])
+  return state, reading.told(model, inputs, ids_B)
 
 
 @functools.partial(jax.jit, static_argnames=('model', 'program', 'draft', 'lookup', 'tokens', 'block'),

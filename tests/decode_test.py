@@ -211,6 +211,11 @@ def draws(sampling, count=20_000, logits_V=LOGITS_V):
     (Sampling(temperature=1.0, top_p=0.54), [1, 3], 1),
     (Sampling(temperature=1.0, top_p=0.56), [1, 3, 6], 1),
     (Sampling(temperature=1.0, top_p=1e-9), [1], 1),
+    (Sampling(temperature=1.0, min_p=0.6), [1, 3, 6], 1),
+    (Sampling(temperature=1.0, min_p=1.0), [1], 1),
+    (Sampling(temperature=1.0, top_p=0.54, min_p=0.1), [1, 3], 1),
+    (Sampling(temperature=1.0, top_p=0.56, min_p=0.6), [1, 3, 6], 1),  # top_p first: of 1, 3, 6 alone it would keep two
+    (Sampling(temperature=1.0, top_k=2, min_p=0.3), [1, 3], 1),
     (Sampling(temperature=1.0, top_k=3, top_p=0.7), [1, 3], 1),  # of 0.3, 0.25, 0.2, renormalised: 0.4, 0.33, 0.27
 ])
 def test_draws_follow_the_exact_probabilities(sampling, kept, power):

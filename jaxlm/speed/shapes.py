@@ -23,10 +23,10 @@ def _config(model: dict[str, Any], objective: str, vocab_size: int, seq_len: int
   return config
 
 
-def _llama() -> dict[str, Any]:
+def _llama(layers: int, width: int, hidden: int, heads: int, kv_heads: int) -> dict[str, Any]:
   shape = llama.SIZES['3-8b']
-  return shape | dict(width=512, num_layers=6, max_length=512, mlp=shape['mlp'] | dict(width=1408),
-                      attention=shape['attention'] | dict(num_heads=8, num_kv_heads=2, head_dim=64))
+  return shape | dict(width=width, num_layers=layers, max_length=512, mlp=shape['mlp'] | dict(width=hidden),
+                      attention=shape['attention'] | dict(num_heads=heads, num_kv_heads=kv_heads, head_dim=width // heads))
 
 
 def _bert() -> dict[str, Any]:
@@ -41,7 +41,7 @@ SHAPES: dict[str, Callable[[], Any]] = {
     'gpt2-124m': lambda: _config(gpt2.SIZES['124m'] | dict(max_length=256), 'causal', 50_304, 256, 4),
     'bert-base-4': lambda: _config(_bert(), 'masked', 30_522, 256, 8),
     't5-small': lambda: _config(t5.SIZES['t5-small'], 'span', 32_128, 256, 8),
-    'llama-6-gqa': lambda: _config(_llama(), 'causal', 32_000, 256, 8),
+    'llama-6-gqa': lambda: _config(_llama(6, 512, 1408, 8, 2), 'causal', 32_000, 256, 8),
 }
 
 
@@ -52,23 +52,17 @@ def _large(model: dict[str, Any], batch_size: int) -> Any:
   return config
 
 
-def _llama_of(layers: int, width: int, heads: int, hidden: int) -> dict[str, Any]:
-  shape = llama.SIZES['3-8b']
-  return shape | dict(width=width, num_layers=layers, mlp=shape['mlp'] | dict(width=hidden),
-                      attention=shape['attention'] | dict(num_heads=heads, num_kv_heads=heads, head_dim=width // heads))
-
-
 # For one accelerator: bfloat16 products of float32 weights, rows of 2,048.
 LARGE: dict[str, Callable[[], Any]] = {
     'gpt2-124m-2048': lambda: _large(gpt2.SIZES['124m'], 16),
-    'llama-1.3b-2048': lambda: _large(_llama_of(24, 2048, 16, 5504), 8),
-    'llama-7b-4-2048': lambda: _large(_llama_of(4, 4096, 32, 11_008), 8),
+    'llama-1.3b-2048': lambda: _large(_llama(24, 2048, 5504, 16, 16), 8),
+    'llama-7b-4-2048': lambda: _large(_llama(4, 4096, 11_008, 32, 32), 8),
 }
 
 
 def _long(kernel: str, length: int) -> Any:
-  shape = _llama()
-  return _config(shape | dict(num_layers=2, max_length=length, attention=shape['attention'] | dict(kernel=kernel)),
+  shape = _llama(2, 512, 1408, 8, 2)
+  return _config(shape | dict(max_length=length, attention=shape['attention'] | dict(kernel=kernel)),
                  'causal', 512, length, 1)
 
 
