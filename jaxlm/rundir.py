@@ -37,8 +37,7 @@ GROUPS = tuple(dict.fromkeys(group(key) for key in config_module.KEYS))
 
 # Keys that came later: a run that does not have them means their defaults.
 LATER = ('heartbeat_s', 'watchdog_s', 'compiler_options', 'pipeline.microbatches', 'pipeline.repeats', 'pipeline.remat',
-         'sharding.optimizer_rules',
-         'sharding.offload_optimizer')
+         'sharding.optimizer_rules', 'sharding.offload_optimizer', 'precision.products')
 
 
 def completed(values: dict[str, Any]) -> ConfigDict:

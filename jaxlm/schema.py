@@ -342,6 +342,8 @@ SCHEMA: dict[str, Any] = dict(
     precision=dict(
         compute=Key('float32', choice('float32', 'bfloat16', 'float16')),  # of activations and matrix products
         params=Key('float32', choice('float32', 'bfloat16')),   # of the weights the optimizer keeps
+        products=Key('compute', choice('compute', 'float8')),   # activations times weights in training, both directions:
+        # as `compute`, or in 8 bits scaled by each tensor's largest; embeddings, logits, experts, attention stay as they are
     ),
 
     checkpoint=dict(

@@ -287,10 +287,16 @@ def check_host_memory(devices: Sequence[Any], what: str) -> None:
                      f'{", ".join(kinds)}; leave it off here.')
 
 
-def check_compute(dtype: str, layout: Layout) -> None:
+FLOAT8_FROM = 8.9  # the compute capability of the first NVIDIA cards (Ada, Hopper) that multiply 8-bit floats
+
+
+def check_compute(precision: Any, layout: Layout) -> None:
   """Raises JaxlmError where a backend cannot compile a layout's step: XLA ends the process on a CPU that sums bfloat16
-  of stages beside other axes."""
-  pipe = layout.mesh.shape['pipe']
+  of stages beside other axes; or where a card would only imitate 8 bits. A CPU does, for tests."""
+  dtype, pipe, device = precision.compute, layout.mesh.shape['pipe'], layout.mesh.devices.flat[0]
+  if precision.products == 'float8' and float(getattr(device, 'compute_capability', FLOAT8_FROM)) < FLOAT8_FROM:
+    raise JaxlmError(f"config.precision.products='float8' needs a card of compute capability {FLOAT8_FROM} or more; "
+                     f"{device.device_kind} has {device.compute_capability}. Set it to 'compute' here.")
   if dtype == 'bfloat16' and layout.platform == 'cpu' and 1 < pipe < layout.mesh.size:
     raise JaxlmError(f'config.precision.compute={dtype!r} with mesh.pipe={pipe} beside other axes cannot be compiled '
                      "for a CPU; set it to 'float32' here.")

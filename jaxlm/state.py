@@ -75,7 +75,8 @@ def build_model(config: Any, vocab_size: int, visibility: str, layout: Layout) -
     visibility: the objective's.
   """
   return Transformer(freeze(config_module.resolved(config)['model'], vocab_size=vocab_size, visibility=visibility,
-                            compute_dtype=config.precision.compute, param_dtype=config.precision.params), layout)
+                            compute_dtype=config.precision.compute, param_dtype=config.precision.params,
+                            products=config.precision.products), layout)
 
 
 def init_state(model: Transformer, config: Any) -> Shapes:

@@ -203,7 +203,7 @@ def assemble(config: Any, layout: Layout, vocab: Any) -> Parts:
   Raises:
     JaxlmError: rows, lengths or layers that do not divide or fit; a dtype that the devices do not compute so.
   """
-  sharding.check_compute(config.precision.compute, layout)
+  sharding.check_compute(config.precision, layout)
   objective = objectives.make(config, vocab)
   batch = objectives.shapes(objective, config.seq_len)
   lengths = {key: shape[0] for key, (shape, _) in batch.items() if shape}

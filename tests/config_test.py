@@ -127,7 +127,7 @@ def test_what_is_no_config_is_told():
     ('qq', 'config.qq is unknown. Known there: seed, steps, batch_size, batch_ramp, accumulation, seq_len, log_every, '
            'eval_every, save_every, heartbeat_s, watchdog_s, compiler_options, tensorboard, on_nonfinite, '
            'max_rewinds.'),
-    ('precision.x', 'config.precision.x is unknown. Known there: compute, params.'),
+    ('precision.x', 'config.precision.x is unknown. Known there: compute, params, products.'),
 ])
 def test_an_unknown_key_is_told_with_the_nearest_right_one(path, told):
   assert base.faults(replaced(path, 3)) == [told]

@@ -15,7 +15,7 @@ errors types lastwords folders cluster lookup hardware hlo liveness ranges schem
 rows masking spans orders middles pairs prompts objectives
 data.words data.pieces data.tokenizers data.files data.tables data.tokenfiles data.sources data.shards data.mixtures
 data.store data.exports data.plans data.pipeline
-models.config models.layers models.positions models.kernels models.blocks models.cudnn models.ring models.attention models.stages models.recurrent models.moe
+models.config models.float8 models.layers models.positions models.kernels models.blocks models.cudnn models.ring models.attention models.stages models.recurrent models.moe
 models.stack models.transformer models.cost
 families.keys families.bijections families.* families.table
 losses optim metrics seal checkpoint rundir sampling weights gguf transfer hf reading beams speculation decode lm loading evaluators journal

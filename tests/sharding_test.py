@@ -247,3 +247,15 @@ def test_axes_lie_in_different_slices_from_the_outermost_on():
   assert [[d.slice_index for d in row] for row in grid] == [[0] * 4, [1] * 4]
   with pytest.raises(JaxlmError, match='3 slices do not divide by data=4 and the axes outside it; set config.mesh.replica'):
     sharding._over_slices(sharding.mesh_sizes(dict(data=4, fsdp=3), 12), 3)
+
+
+def test_8_bits_are_refused_on_cards_that_would_imitate_them():
+  def layout(capability):
+    device = types.SimpleNamespace(device_kind='NVIDIA A100', compute_capability=capability)
+    mesh = types.SimpleNamespace(shape={'pipe': 1}, size=1, devices=np.array([device]))
+    return types.SimpleNamespace(mesh=mesh, platform='gpu')
+  precision = types.SimpleNamespace(compute='bfloat16', products='float8')
+  sharding.check_compute(precision, layout('9.0'))
+  with pytest.raises(JaxlmError, match="products='float8' needs a card of compute capability 8.9 or more; NVIDIA A100 "
+                                       "has 8.0. Set it to 'compute' here."):
+    sharding.check_compute(precision, layout('8.0'))

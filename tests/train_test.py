@@ -277,6 +277,13 @@ def test_float16_computes_near_float32(twenty, tmp_path):
   assert max(abs(found[step] - wanted[step]) for step in wanted) < 0.02
 
 
+def test_products_in_8_bits_train_nearly_as_well_on_any_mesh(twenty):
+  found, wanted = twenty('eight', **{'precision.products': 'float8'}), twenty('full')
+  assert wanted[1] != found[1] and max(abs(found[step] - wanted[step]) for step in wanted) < 0.05
+  split = twenty('split', **{'precision.products': 'float8', 'mesh.data': 2, 'mesh.fsdp': 2, 'mesh.tensor': 2})
+  assert max(abs(found[step] - split[step]) for step in found) < 0.01  # sums in another order round otherwise
+
+
 def test_ema_is_kept_and_evaluated(tiny, tmp_path):
   mesh(tiny).optim.ema_decay = 0.5
   train.run(tiny, f'{tmp_path}/run')

@@ -198,6 +198,7 @@ class ModelConfig:
   visibility: str = 'causal'
   compute_dtype: str = 'float32'
   param_dtype: str = 'float32'
+  products: str = 'compute'  # what multiplies activations by weights: in the compute dtype, or float8
   joined: bool = False  # one matrix makes queries, keys and values: `stack.join`
 
   @property
@@ -249,7 +250,7 @@ class ModelConfig:
 
 
 def freeze(model: Mapping[str, Any], *, vocab_size: int, visibility: str, compute_dtype: str = 'float32',
-           param_dtype: str = 'float32') -> ModelConfig:
+           param_dtype: str = 'float32', products: str = 'compute') -> ModelConfig:
   """Turns the `model` part of a resolved config into a ModelConfig.
 
   Args:
@@ -261,7 +262,7 @@ def freeze(model: Mapping[str, Any], *, vocab_size: int, visibility: str, comput
     fields = {f.name: f for f in dataclasses.fields(kind)}
     return kind(**{k: build(fields[k].type, v) if isinstance(v, Mapping) else v for k, v in values.items()})
   values = dict(model, vocab_size=model['vocab_size'] or vocab_size, visibility=visibility,
-                compute_dtype=compute_dtype, param_dtype=param_dtype)
+                compute_dtype=compute_dtype, param_dtype=param_dtype, products=products)
   return build(ModelConfig, values)
 
 

@@ -10,6 +10,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
 from jaxlm.lookup import lookup
+from jaxlm.models import float8
 from jaxlm.models.config import ModelConfig
 from jaxlm.sharding import Layout, axes_of
 from jaxlm.sums import over_lead
@@ -64,8 +65,9 @@ def dropout(x: Array, rate: float, keys_B: Array | None, site: int) -> Array:
   return jnp.where(keep, x / (1.0 - rate), 0).astype(x.dtype)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def product(layout: Layout, axes: tuple[str | None, ...], x: Array, kernel: Array, bias: Array | None) -> Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def product(layout: Layout, axes: tuple[str | None, ...], eight: bool, x: Array, kernel: Array,
+            bias: Array | None) -> Array:
   """x [..., I] times a kernel of I inputs, flattened to [..., O], and a bias added.
 
   A kernel that is spread over devices which have rows of their own is gathered for each direction and kept in neither.
@@ -73,25 +75,35 @@ def product(layout: Layout, axes: tuple[str | None, ...], x: Array, kernel: Arra
 
   Args:
     axes: logical axes of the kernel.
+    eight: all three products, forward and backward, multiply in 8 bits (`float8`).
     kernel: any number of dims, I·O elements.
     bias: O elements, or None.
   """
-  return _product(layout, axes, x, kernel, bias)[0]
+  return _product(layout, axes, eight, x, kernel, bias)[0]
 
 
-def _product(layout, axes, x, kernel, bias):
-  y = jnp.matmul(_rows(layout, x), _matrix(layout, axes, x, kernel))
+def _product(layout, axes, eight, x, kernel, bias):
+  y = _times(eight, float8.VALUES, _rows(layout, x), _matrix(layout, axes, x, kernel))
   y = y if bias is None else y + bias.reshape(-1).astype(y.dtype)
   return y.reshape(*x.shape[:-1], -1), (x, kernel, bias)
 
 
-def _product_backward(layout, axes, saved, dy):
+def _product_backward(layout, axes, eight, saved, dy):
   x, kernel, bias = saved
   x_RI, dy_RO = _rows(layout, x), _rows(layout, dy)
-  dkernel = layout.constrain(over_lead(x_RI, dy_RO, x_RI.ndim - 1).reshape(kernel.shape), *axes).astype(kernel.dtype)
+  lead = tuple(range(x_RI.ndim - 1))
+  dkernel = (float8.contracted(x_RI, dy_RO, float8.VALUES, float8.GRADIENTS, (lead, lead)) if eight
+             else over_lead(x_RI, dy_RO, len(lead)))
+  dkernel = layout.constrain(dkernel.reshape(kernel.shape), *axes).astype(kernel.dtype)
   dbias = None if bias is None else over_lead(jnp.ones(x_RI.shape[:-1], dy.dtype), dy_RO)
-  return (jnp.matmul(dy_RO, _matrix(layout, axes, x, kernel).T).reshape(x.shape), dkernel,
-          None if bias is None else dbias.reshape(bias.shape).astype(bias.dtype))
+  dx = _times(eight, float8.GRADIENTS, dy_RO, _matrix(layout, axes, x, kernel).T)
+  return dx.reshape(x.shape), dkernel, None if bias is None else dbias.reshape(bias.shape).astype(bias.dtype)
+
+
+def _times(eight, dtype, x, matrix):
+  if not eight:
+    return jnp.matmul(x, matrix)
+  return float8.contracted(x, matrix, dtype, float8.VALUES, ((x.ndim - 1,), (0,))).astype(x.dtype)
 
 
 def _rows(layout: Layout, x: Array) -> Array:
@@ -142,7 +154,8 @@ class Dense(nn.Module):
                         self.features, dtype)
     lead = x.shape[:x.ndim - self.num_inputs]
     x = x.reshape(lead + (math.prod(inputs),)).astype(self.config.dtype)
-    return product(self.layout, self.axes, x, kernel, bias).reshape(lead + self.features)
+    eight = self.config.products == 'float8'
+    return product(self.layout, self.axes, eight, x, kernel, bias).reshape(lead + self.features)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
