@@ -1,0 +1,426 @@
+"""Labelled tasks made of the standard library's code: real text, exact labels, nothing to download.
+
+Records are dicts of plain values with an `id`, `path:line` in the library, the same in every run of one Python version;
+another version has another library.
+"""
+import ast
+import collections
+import functools
+import hashlib
+import inspect
+import io
+import keyword
+import re
+import textwrap
+import token
+import tokenize
+import warnings
+from pathlib import Path
+from typing import Iterator, NamedTuple
+
+from jaxlm.data import sources
+from jaxlm.lookup import lookup
+
+SALT = 1807                              # of splits: with it each of them has modules whose doctests can be run
+MIN_WORDS = 4                            # of a docstring; a shorter one says nothing
+MAX_CONTEXT = 2_000                      # characters of a function that is asked about
+CHUNK_LINES = 16                         # of a text whose module is to be named
+NUM_MODULES = 20
+TABLES = {'encodings', 'pydoc_data'}     # modules that are large for their tables
+MIN_SPAN_WORDS, MAX_SPAN_WORDS, MAX_WORD = 16, 64, 40
+KINDS = ('KEYWORD', 'NAME', 'CALL', 'FUNCTION', 'CLASS', 'NUMBER', 'STRING', 'COMMENT')
+TAGS = ('O', *(f'{place}-{kind}' for kind in KINDS for place in 'BI'))
+TWO_WORDS = {('not', 'in'), ('is', 'not'), ('async', 'def'), ('async', 'for'), ('async', 'with'), ('yield', 'from')}
+
+
+# ---- the library -------------------------------------------------------------------------------------------------
+
+
+class Function(NamedTuple):
+  """A function or method, not one inside another function; texts are dedented to its `def`.
+
+  Attributes:
+    id: path:line of its `def`.
+    head: decorators and signature; all of the code if there is no docstring on lines of its own.
+    doc_lines: the docstring as it stands, between `head` and `body`.
+    doc: its value, '' if there is none.
+    indent: columns that were taken off.
+    body_lines: first and last line of `body` in the file, from 1.
+    defaults: (parameter, text, where in `code` it starts), those on one line.
+  """
+  id: str
+  name: str
+  qualname: str
+  head: str
+  doc_lines: str
+  doc: str
+  body: str
+  indent: int
+  body_lines: tuple[int, int]
+  defaults: tuple[tuple[str, str, int], ...]
+
+  @property
+  def code(self) -> str:
+    return self.head + self.body
+
+
+class Module(NamedTuple):
+  """A file of the library, its functions, and which of its lines (from 1) import."""
+  path: str
+  lines: tuple[str, ...]
+  functions: tuple[Function, ...]
+  imports: frozenset[int]
+
+  @property
+  def name(self) -> str:
+    """As it is imported; '' if it cannot be."""
+    parts = self.path.removesuffix('.py').removesuffix('/__init__').split('/')
+    return '.'.join(parts) if all(part.isidentifier() for part in parts) else ''
+
+
+def _dedented(lines: list[str], indent: int) -> str:
+  """Lines without so many spaces; a string's own line may have fewer, and loses those."""
+  return ''.join(line[min(indent, len(line) - len(line.lstrip(' '))):] for line in lines)
+
+
+def _column(line: str, utf8: int) -> int:
+  return len(line.encode()[:utf8].decode())
+
+
+def _defaults(node, lines: list[str], first: int, indent: int) -> Iterator[tuple[str, str, int]]:
+  arguments = node.args
+  plain = [*arguments.posonlyargs, *arguments.args]
+  pairs = [*zip(plain[len(plain) - len(arguments.defaults):], arguments.defaults),
+           *zip(arguments.kwonlyargs, arguments.kw_defaults)]
+  for argument, value in pairs:
+    if value is not None and value.lineno == value.end_lineno:
+      line = lines[value.lineno - 1]
+      start, end = _column(line, value.col_offset), _column(line, value.end_col_offset)
+      before = _dedented(lines[first - 1:value.lineno - 1], indent)
+      cut = len(line) - len(_dedented([line], indent))
+      yield argument.arg, line[start:end], len(before) + start - cut
+
+
+def _function(node, path: str, scope: str, lines: list[str]) -> Function:
+  first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
+  last, indent = node.end_lineno, node.col_offset
+  doc, body_from = ast.get_docstring(node, clean=False) or '', last + 1
+  statement = node.body[0]
+  alone = (not lines[statement.lineno - 1][:statement.col_offset].strip()
+           and not lines[statement.end_lineno - 1].encode()[statement.end_col_offset:].strip())
+  if doc and alone and len(node.body) > 1:
+    doc_from, body_from = statement.lineno, statement.end_lineno + 1
+  else:
+    doc, doc_from = '', last + 1
+  part = lambda start, end: _dedented(lines[start - 1:end - 1], indent)
+  return Function(f'{path}:{node.lineno}', node.name, scope + node.name, part(first, doc_from),
+                  part(doc_from, body_from), doc, part(body_from, last + 1), indent, (body_from, last),
+                  tuple(_defaults(node, lines, first, indent)))
+
+
+def _statements(node, scope: str | None = '') -> Iterator[tuple[ast.AST, str | None]]:
+  """(statement, the prefix of qualified names there; None inside a function), in order of the text."""
+  for field in ('body', 'handlers', 'cases', 'orelse', 'finalbody'):
+    for child in getattr(node, field, ()):
+      yield child, scope
+      inner = scope
+      if isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef)):
+        inner = None
+      elif isinstance(child, ast.ClassDef) and scope is not None:
+        inner = f'{scope}{child.name}.'
+      yield from _statements(child, inner)
+
+
+def parse(path: str, text: str) -> Module:
+  """A file's functions and imports.
+
+  Raises:
+    SyntaxError: it is no Python of this version.
+  """
+  with warnings.catch_warnings():
+    warnings.simplefilter('ignore')
+    tree = ast.parse(text)
+  lines = io.StringIO(text, newline=None).readlines()
+  functions, imports = [], set()
+  for node, scope in _statements(tree):
+    if isinstance(node, (ast.Import, ast.ImportFrom)):
+      imports.update(range(node.lineno, node.end_lineno + 1))
+    elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and scope is not None:
+      functions.append(_function(node, path, scope, lines))
+  return Module(path, tuple(lines), tuple(functions), frozenset(imports))
+
+
+@functools.cache
+def library() -> tuple[Module, ...]:
+  """Every file of the standard library that this Python can read; seconds, once a process."""
+  source = sources.stdlib(None, '')
+  modules = []
+  for name, path in zip(source.names, source.paths):
+    try:
+      modules.append(parse(name, Path(path).read_bytes().decode('utf-8').removeprefix('\ufeff')))
+    except (UnicodeDecodeError, SyntaxError):
+      continue
+  return tuple(modules)
+
+
+def _functions() -> Iterator[tuple[Module, Function]]:
+  """Functions whose code does not stand elsewhere in the library before them."""
+  seen = set()
+  for module in library():
+    for function in module.functions:
+      if function.code not in seen:
+        seen.add(function.code)
+        yield module, function
+
+
+# ---- splits ------------------------------------------------------------------------------------------------------
+
+
+def split_of(name: str, by_file: bool = True) -> str:
+  """'train', 'validation' or 'test', 80, 10 and 10 of a hundred, for ever the same.
+
+  Args:
+    name: a record's id or a path.
+    by_file: by the path alone, so that a file's records stay together; else by the whole name.
+  """
+  key = name.partition(':')[0] if by_file else name
+  place = int.from_bytes(hashlib.sha256(f'{SALT}/{key}'.encode()).digest()[:8], 'big') % 100
+  return 'train' if place < 80 else 'validation' if place < 90 else 'test'
+
+
+def records(task: str, split: str) -> Iterator[dict]:
+  """A task's records of a split; whole files are held out, but for tasks whose label is the module.
+
+  Raises:
+    JaxlmError: no such task or split.
+  """
+  make = lookup(RECORDS, task, 'task')
+  lookup(dict.fromkeys(('train', 'validation', 'test')), split, 'split')
+  return (record for record in make() if split_of(record['id'], by_file=task not in WITHIN_FILES) == split)
+
+
+# ---- functions and what is said of them --------------------------------------------------------------------------
+
+
+def _paragraph(doc: str) -> str:
+  """A docstring's first paragraph in one line."""
+  return ' '.join(re.split(r'\n\s*\n', inspect.cleandoc(doc), maxsplit=1)[0].split())
+
+
+def _sentence(doc: str) -> str:
+  """A docstring's first sentence: to a full stop before a capital."""
+  paragraph = _paragraph(doc)
+  found = re.match(r'.+?[.!?](?=\s+[A-Z(`])', paragraph)
+  return found[0] if found else paragraph
+
+
+def _described(describe) -> Iterator[tuple[Function, str]]:
+  """Functions and descriptions; none that is short, an example, a signature, or fits several functions."""
+  pairs = [(function, describe(function.doc)) for _, function in _functions() if function.doc]
+  count = collections.Counter(text for _, text in pairs)
+  for function, text in pairs:
+    plain = not text.startswith(('>>>', f'{function.name}('))
+    if plain and count[text] == 1 and len(text.split()) >= MIN_WORDS:
+      yield function, text
+
+
+def summary() -> Iterator[dict]:
+  """A function without its docstring -> the docstring's first sentence: id, code, summary."""
+  for function, text in _described(_sentence):
+    yield dict(id=function.id, code=function.code, summary=text)
+
+
+def retrieve() -> Iterator[dict]:
+  """A docstring's first paragraph -> its function without it: id, query, positive."""
+  for function, text in _described(_paragraph):
+    yield dict(id=function.id, query=text, positive=function.code)
+
+
+def default() -> Iterator[dict]:
+  """Extractive questions on parameters' defaults: id, context, question, answer, start (characters)."""
+  for _, function in _functions():
+    if len(function.code) <= MAX_CONTEXT:
+      for parameter, text, start in function.defaults:
+        question = f'What is the default value of `{parameter}` in `{function.name}`?'
+        yield dict(id=f'{function.id}:{parameter}', context=function.code, question=question, answer=text, start=start)
+
+
+# ---- bodies and their doctests -----------------------------------------------------------------------------------
+
+
+def body() -> Iterator[dict]:
+  """Signature and docstring -> body: id, prompt, body, doctests, entry, module, lines, indent.
+
+  `doctests` is the docstring if it has examples and its module can be imported, else ''. Whether they can score a body
+  is known when both `proofs` have run.
+  """
+  for module, function in _functions():
+    if function.doc and len(_paragraph(function.doc).split()) >= MIN_WORDS:
+      yield dict(id=function.id, prompt=function.head + function.doc_lines, body=function.body,
+                 doctests=function.doc if module.name and '>>>' in function.doc else '', entry=function.qualname,
+                 module=module.name, lines=list(function.body_lines), indent=function.indent)
+
+
+PROGRAM = '''\
+import doctest, importlib.util, os, sys
+path, name, entry, (first, last), body, tests = {arguments!r}
+with open(os.path.join(os.path.dirname(os.__file__), path), encoding='utf-8-sig') as f:
+  lines = f.readlines()
+lines[first - 1:last] = [body]
+spec = importlib.util.find_spec(name)
+module = sys.modules[name] = importlib.util.module_from_spec(spec)
+exec(compile(''.join(lines), path, 'exec', dont_inherit=True), module.__dict__)
+parent, _, child = name.rpartition('.')
+if parent:
+  setattr(sys.modules[parent], child, module)
+names = {{name.partition('.')[0]: sys.modules[name.partition('.')[0]], **module.__dict__}}
+test = doctest.DocTestParser().get_doctest(tests, names, entry, path, 0)
+failed, attempted = doctest.DocTestRunner(verbose=False).run(test)
+if failed or not attempted:
+  raise AssertionError(f'{{failed}} of {{attempted}} examples of {{entry}} fail')
+'''
+
+
+def program(record: dict, body: str) -> str:
+  """A program that comes to its end only if a body passes the record's doctests; for a sandbox.
+
+  The body takes the place of its own in the module's text, so that it finds there what the original found: helpers,
+  its class, `super()`. The examples are the record's, whatever the text says. That it must come to its end, rather than
+  exit with 0, is what `measure.sandbox` asks of every program.
+
+  Args:
+    record: one of `body` with doctests.
+    body: lines as in `record['body']`, indented as they follow the prompt; where it ends is the caller's to find.
+  """
+  margin = ' ' * record['indent']
+  moved = ''.join(margin + line if line.strip() else line for line in body.splitlines(keepends=True))
+  arguments = (record['id'].partition(':')[0], record['module'], record['entry'], tuple(record['lines']),
+               moved.rstrip('\n') + '\n', record['doctests'])
+  return PROGRAM.format(arguments=arguments)
+
+
+def proofs(record: dict) -> tuple[str, str]:
+  """Two programs that say whether a record can score bodies: the first passes, and the second, which raises, fails."""
+  return program(record, record['body']), program(record, '    raise NotImplementedError\n')
+
+
+# ---- words and their kinds ---------------------------------------------------------------------------------------
+
+
+def _whole_strings(tokens: list[tokenize.TokenInfo], lines: tuple[str, ...]) -> Iterator[tuple[str, str, int]]:
+  """(type, text, line) of each token; an f-string is one, as it was before Python 3.12."""
+  depth, begin = 0, (0, 0)
+  for each in tokens:
+    name = token.tok_name[each.type]
+    if name.endswith('STRING_START'):
+      begin = begin if depth else each.start
+      depth += 1
+    elif name.endswith('STRING_END'):
+      depth -= 1
+      if not depth:
+        (first, left), (last, right) = begin, each.end
+        text = ''.join(lines[first - 1:last])
+        yield 'STRING', text[left:len(text) - len(lines[last - 1]) + right], first
+    elif not depth:
+      yield name, each.string, each.start[0]
+
+
+def _kind(name: str, before: str, after: str) -> str:
+  if before in ('def', 'class'):
+    return 'FUNCTION' if before == 'def' else 'CLASS'
+  return 'CALL' if after == '(' else 'NAME'
+
+
+def _tagged(line: list[tuple[str, str, int]]) -> Iterator[tuple[str, str]]:
+  """(word, tag) of a logical line: dotted names, strings that stand side by side and comments are spans of words."""
+  line = [(name, text) for name, text, _ in line if text.strip()]
+  before, i = ('', ''), 0
+  while i < len(line):
+    name, text = line[i]
+    end = i + 1
+    if name in ('STRING', 'COMMENT'):
+      words, kind = text.split(), name
+      inside = name == 'STRING' == before[0]
+    elif name == 'NAME' and keyword.iskeyword(text):
+      words, kind, inside = [text], 'KEYWORD', (before[1], text) in TWO_WORDS
+    elif name == 'NAME':
+      while (end + 1 < len(line) and line[end][1] == '.' and line[end + 1][0] == 'NAME'
+             and not keyword.iskeyword(line[end + 1][1])):
+        end += 2
+      words, inside = [word for _, word in line[i:end]], False
+      kind = _kind(text, before[1], line[end][1] if end < len(line) else '')
+    else:
+      words, kind, inside = [text], 'NUMBER' if name == 'NUMBER' else '', False
+    for j, word in enumerate(words):
+      yield word, f'{"I" if inside or j else "B"}-{kind}' if kind else 'O'
+    before, i = line[end - 1], end
+
+
+def _logical_lines(lines: tuple[str, ...]) -> Iterator[tuple[int, list[tuple[str, str]]]]:
+  """(number of its first line, its tagged words) of each logical line, with comments above it."""
+  tokens = [*tokenize.generate_tokens(iter(lines).__next__)]
+  group: list[tuple[str, str, int]] = []
+  for each in _whole_strings(tokens, lines):
+    if each[0] in ('INDENT', 'DEDENT', 'NL', 'ENCODING', 'ENDMARKER'):
+      continue
+    if each[0] != 'NEWLINE':
+      group.append(each)
+    elif group:
+      yield group[0][2], [*_tagged(group)]
+      group = []
+
+
+def token_kinds(modules: tuple[Module, ...] | None = None) -> Iterator[dict]:
+  """A few lines of code as words -> what each is, in BIO: id, words, tags (of TAGS).
+
+  Args:
+    modules: those to read; the whole library by default.
+  """
+  seen = set()
+  for module in library() if modules is None else modules:
+    start, pairs = 0, []
+    for number, line in _logical_lines(module.lines):
+      if len(line) > MAX_SPAN_WORDS or any(len(word) > MAX_WORD for word, _ in line):
+        pairs = []
+        continue
+      if len(pairs) + len(line) > MAX_SPAN_WORDS:
+        pairs = []
+      start, pairs = start if pairs else number, pairs + line
+      if len(pairs) >= MIN_SPAN_WORDS:
+        words, tags = map(list, zip(*pairs))
+        if tuple(words) not in seen:
+          seen.add(tuple(words))
+          yield dict(id=f'{module.path}:{start}', words=words, tags=tags)
+        pairs = []
+
+
+# ---- chunks and their modules ------------------------------------------------------------------------------------
+
+
+def _chunks(module: Module, label: str) -> Iterator[dict]:
+  """Runs of lines without blank ones and imports, and none that says the label."""
+  named = re.compile(rf'\b{re.escape(label)}\b', re.IGNORECASE)
+  numbers = [n for n, line in enumerate(module.lines, 1) if line.strip() and n not in module.imports]
+  for i in range(0, len(numbers) - CHUNK_LINES + 1, CHUNK_LINES):
+    text = textwrap.dedent(''.join(module.lines[n - 1] for n in numbers[i:i + CHUNK_LINES]))
+    if not named.search(text):
+      yield dict(id=f'{module.path}:{numbers[i]}', text=text, label=label)
+
+
+def module() -> Iterator[dict]:
+  """A chunk of code -> which of the largest modules or packages it is from, as many of each: id, text, label."""
+  of_label = collections.defaultdict(list)
+  for file in library():
+    label = file.path.split('/')[0].removesuffix('.py')
+    if label not in TABLES:
+      of_label[label] += _chunks(file, label)
+  largest = sorted(of_label, key=lambda label: (-len(of_label[label]), label))[:NUM_MODULES]
+  count = min(len(of_label[label]) for label in largest)
+  for label in sorted(largest):
+    chunks = of_label[label]
+    yield from (chunks[i * len(chunks) // count] for i in range(count))  # evenly from its files
+
+
+WITHIN_FILES = {'module'}  # tasks whose splits divide files
+RECORDS = {'summary': summary, 'body': body, 'retrieve': retrieve, 'token_kinds': token_kinds, 'module': module,
+           'default': default}
