@@ -13,12 +13,13 @@ ROOT = pathlib.Path(__file__).parents[1]
 ORDER = """
 errors types lastwords folders cluster lookup hardware hlo liveness ranges schema config trees sums sharding
 rows masking spans orders middles pairs prompts objectives
-data.words data.pieces data.tokenizers data.files data.tables data.tokenfiles data.sources data.shards data.mixtures
-data.store data.exports data.plans data.pipeline
-models.config models.float8 models.layers models.positions models.kernels models.blocks models.cudnn models.ring models.attention models.stages models.recurrent models.moe
+data.words data.pieces data.tokenizers data.chat data.files data.tables data.tokenfiles data.sources data.stdlib_tasks
+data.shards data.mixtures data.store data.suffixes data.exports data.plans data.pipeline
+measure.scores measure.intervals measure.cell measure.sandbox measure.origins
+models.config models.float8 models.products models.peft models.layers models.virtual models.positions models.kernels models.blocks models.cudnn models.ring models.attention models.stages models.recurrent models.moe
 models.stack models.transformer models.cost
 families.keys families.bijections families.* families.table
-losses optim metrics seal checkpoint rundir sampling weights gguf transfer hf reading beams speculation decode lm loading evaluators journal
+losses preferences optim metrics seal checkpoint rundir sampling weights gguf transfer hf reading beams speculation decode lm loading evaluators journal
 state check train lint bill search pictures programs
 speed.shapes speed.ours speed.peers speed.worker speed.machine speed.duel speed.alone
 plan generate main prepare bench convert
