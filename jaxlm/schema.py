@@ -181,6 +181,26 @@ SCHEMA: dict[str, Any] = dict(
             num_heads=Key(4, at_least(1)),
             mlp_width=Key(0, at_least(0), ref('model.generator.width', then=lambda d: d * 4)),
         ),
+        peft=dict(                                   # what is trained in the place of all parameters
+            method=Key('none', choice('none', 'lora', 'ia3', 'bottleneck', 'bitfit', 'prompt', 'prefix')),
+            sites=Key((), pairs(lambda pattern, value: isinstance(pattern, str) and (
+                value in ('in', 'out') or type(value) in (int, bool)), "(pattern of a place such as "
+                "'attention/query', rank, True, False, 'in' or 'out')")),  # where; (): as the method's paper has it
+            also=Key('', text()),                    # pattern of parameters that are trained and saved with it: a new head
+            rank=Key(8, at_least(1)),                # lora: R, where sites say True
+            alpha=Key(16.0, above(0.0)),             # lora: updates count alpha / rank
+            stabilised=Key(False, flag()),           # lora: alpha / sqrt(rank)
+            dora=Key(False, flag()),                 # lora: lengths of weights apart
+            width=Key(64, at_least(1)),              # of a bottleneck, or of the encoder of virtual tokens
+            parallel=Key(False, flag()),             # bottleneck: made of a branch's input; False: of its output
+            strength=Key(1.0, above(0.0)),           # bottleneck: times this
+            tokens=Key(20, at_least(1)),             # P, virtual ones before a text, of prompt and prefix
+            encoder=Key('none', choice('none', 'mlp', 'lstm')),  # makes them of a table (P-tuning); prefix: mlp
+            start=Key('vocabulary', choice('vocabulary', 'text', 'normal')),  # prompt: embeddings of drawn ids, of `text`
+            text=Key('', text()),
+            base=Key('same', choice('same', 'int8', 'nf4')),  # how weights that stay are kept (QLoRA)
+            block=Key(64, at_least(2)),              # of them that share a scale
+        ),
         init=dict(
             std=Key(0.02, above(0.0)),               # of weights
             embedding_std=Key(0.02, above(0.0), ref('model.init.std')),

@@ -11,7 +11,7 @@ import optax
 from jaxlm import config as config_module
 from jaxlm import optim, sharding, trees
 from jaxlm.errors import JaxlmError
-from jaxlm.models import stages
+from jaxlm.models import peft, stages
 from jaxlm.models.config import freeze
 from jaxlm.models.transformer import Transformer
 from jaxlm.sharding import Layout
@@ -95,7 +95,8 @@ def init_state(model: Transformer, config: Any) -> Shapes:
   axes = sharding.logical_axes(boxed)
   params = nn.meta.unbox(boxed)
   _check_rules(config.optim, params)
-  trainable = lambda path: not any(trees.matches(pattern, path) for pattern in config.optim.freeze)
+  trainable = lambda path: peft.is_trained(model.config.peft, path) and not any(
+      trees.matches(pattern, path) for pattern in config.optim.freeze)
   stacked = {path: x.shape[0] for path, x in trees.flatten(params).items() if axes[path][:1] == ('layers',)}
   tx = optim.make(config.optim, axes, stacked)
   layers = functools.partial(_layers, stacked)

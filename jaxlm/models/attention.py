@@ -6,6 +6,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from jaxlm.models import peft, virtual
 from jaxlm.models.config import ModelConfig
 from jaxlm.models.kernels import NO_WINDOW, Bias, Visibility
 from jaxlm.models.layers import Dense, Norm, dropout
@@ -50,7 +51,10 @@ class Context:
     local_rotations: of layers with a window, where they differ.
     bias: of scores, or None.
     keys_B: dropout keys, or None.
-    source: (hidden [B, S, D], its tokens) that cross-attention reads; None without, or where a cache holds it.
+    source: (hidden [B, S, D], its tokens, its `virtual` or None) that cross-attention reads; None without, or where a
+      cache holds it.
+    virtual: int32 [B, num_keys], which virtual token of a prefix stands there, below 0 where none; None: no prefix.
+    prefix: [P, X], what layers make the prefix of; None: they have it.
   """
   tokens: Tokens
   slots: Array
@@ -58,7 +62,9 @@ class Context:
   local_rotations: Rotations | None = None
   bias: Bias | None = None
   keys_B: Array | None = None
-  source: tuple[Array, Tokens] | None = None
+  source: tuple[Array, Tokens, Array | None] | None = None
+  virtual: Array | None = None
+  prefix: Array | None = None
   num_keys: int | None = flax.struct.field(pytree_node=False, default=None)
 
   @property
@@ -197,6 +203,7 @@ class Attention(nn.Module):
       norm = lambda x, axis, name: Norm(config, (axis, 'head_dim')[-len(axes):], 2 if attention.qk_norm == 'all' else 1,
                                         name=name)(x)
     N, K, seen = attention.num_heads, attention.num_kv_heads, context.seen
+    numbers_BS = context.virtual
     if config.joined and not self.cross:
       all_BTXH = project(x_BTD, N + 2 * K, 'heads', JOINED)
       q_BTNH, k_BSKH, v_BSKH = jnp.split(all_BTXH, (N, N + K), axis=2)
@@ -204,18 +211,26 @@ class Attention(nn.Module):
       q_BTNH = pin(project(x_BTD, N, 'heads', 'query'), 'act_heads')
       if self.cross and context.source is None:
         return norm(q_BTNH, 'heads', 'query_norm'), _turned(cache.k), _turned(cache.v), cache.tokens, cache
-      y_BSD, seen = context.source if self.cross else (x_BTD[:, :context.num_keys], seen)
+      y_BSD, seen, numbers_BS = context.source if self.cross else (x_BTD[:, :context.num_keys], seen, context.virtual)
       k_BSKH, v_BSKH = (pin(project(y_BSD, K, 'kv_heads', name), 'kv_heads') for name in PARTS[1:])
     q_BTNH, k_BSKH = norm(q_BTNH, 'heads', 'query_norm'), norm(k_BSKH, 'kv_heads', 'key_norm')
     if self.cross:
+      k_BSKH, v_BSKH = self._prefixed(k_BSKH, v_BSKH, numbers_BS, context)
       return q_BTNH, k_BSKH, v_BSKH, seen, None if cache is None else LayerCache(_turned(k_BSKH), _turned(v_BSKH), seen)
     if (rotations := context.rotations_of(window)) is not None:
       interleaved, of_keys = config.positions.rope.interleaved, slice(None, context.num_keys)
       q_BTNH = apply_rope(q_BTNH, rotations, interleaved)
       k_BSKH = apply_rope(k_BSKH, jax.tree.map(lambda x: x[:, of_keys], rotations), interleaved)
+    k_BSKH, v_BSKH = self._prefixed(k_BSKH, v_BSKH, context.virtual, context)
     if cache is not None:
       cache, k_BSKH, v_BSKH, seen = _extend(self.layout, cache, k_BSKH, v_BSKH, seen, context.slots, window or 0)
     return q_BTNH, k_BSKH, v_BSKH, seen, cache
+
+  def _prefixed(self, k_BSKH: Array, v_BSKH: Array, numbers_BS: Array | None, context: Context) -> tuple[Array, Array]:
+    """Keys and values, learned ones where a virtual token of a prefix stands."""
+    if numbers_BS is None:
+      return k_BSKH, v_BSKH
+    return virtual.Prefix(self.config, self.layout, name=peft.PREFIX)(k_BSKH, v_BSKH, numbers_BS, context.prefix)
 
   def _relative(self, q_BTNH: Array, tokens: Tokens, seen: Tokens, scale: float) -> tuple[Array, Bias]:
     """(queries that meet keys, scores of what depends on distance and on whether types agree).

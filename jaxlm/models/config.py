@@ -145,6 +145,26 @@ class GeneratorConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class PeftConfig:
+  method: str = 'none'
+  sites: tuple[tuple[str, Any], ...] = ()
+  also: str = ''
+  rank: int = 8
+  alpha: float = 16.0
+  stabilised: bool = False
+  dora: bool = False
+  width: int = 64
+  parallel: bool = False
+  strength: float = 1.0
+  tokens: int = 20
+  encoder: str = 'none'
+  start: str = 'vocabulary'
+  text: str = ''
+  base: str = 'same'
+  block: int = 64
+
+
+@dataclasses.dataclass(frozen=True)
 class InitConfig:
   std: float
   embedding_std: float
@@ -195,6 +215,7 @@ class ModelConfig:
   positions: PositionsConfig
   generator: GeneratorConfig
   init: InitConfig
+  peft: PeftConfig = PeftConfig()
   visibility: str = 'causal'
   compute_dtype: str = 'float32'
   param_dtype: str = 'float32'

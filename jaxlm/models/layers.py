@@ -10,8 +10,9 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
 from jaxlm.lookup import lookup
-from jaxlm.models import float8
+from jaxlm.models import peft
 from jaxlm.models.config import ModelConfig
+from jaxlm.models.products import product
 from jaxlm.sharding import Layout, axes_of
 from jaxlm.sums import over_lead
 from jaxlm.types import Array
@@ -65,62 +66,6 @@ def dropout(x: Array, rate: float, keys_B: Array | None, site: int) -> Array:
   return jnp.where(keep, x / (1.0 - rate), 0).astype(x.dtype)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def product(layout: Layout, axes: tuple[str | None, ...], eight: bool, x: Array, kernel: Array,
-            bias: Array | None) -> Array:
-  """x [..., I] times a kernel of I inputs, flattened to [..., O], and a bias added.
-
-  A kernel that is spread over devices which have rows of their own is gathered for each direction and kept in neither.
-  It is multiplied in x's dtype, and gathered in that; gradients are summed in float32 over rows and devices.
-
-  Args:
-    axes: logical axes of the kernel.
-    eight: all three products, forward and backward, multiply in 8 bits (`float8`).
-    kernel: any number of dims, I·O elements.
-    bias: O elements, or None.
-  """
-  return _product(layout, axes, eight, x, kernel, bias)[0]
-
-
-def _product(layout, axes, eight, x, kernel, bias):
-  y = _times(eight, float8.VALUES, _rows(layout, x), _matrix(layout, axes, x, kernel))
-  y = y if bias is None else y + bias.reshape(-1).astype(y.dtype)
-  return y.reshape(*x.shape[:-1], -1), (x, kernel, bias)
-
-
-def _product_backward(layout, axes, eight, saved, dy):
-  x, kernel, bias = saved
-  x_RI, dy_RO = _rows(layout, x), _rows(layout, dy)
-  lead = tuple(range(x_RI.ndim - 1))
-  dkernel = (float8.contracted(x_RI, dy_RO, float8.VALUES, float8.GRADIENTS, (lead, lead)) if eight
-             else over_lead(x_RI, dy_RO, len(lead)))
-  dkernel = layout.constrain(dkernel.reshape(kernel.shape), *axes).astype(kernel.dtype)
-  dbias = None if bias is None else over_lead(jnp.ones(x_RI.shape[:-1], dy.dtype), dy_RO)
-  dx = _times(eight, float8.GRADIENTS, dy_RO, _matrix(layout, axes, x, kernel).T)
-  return dx.reshape(x.shape), dkernel, None if bias is None else dbias.reshape(bias.shape).astype(bias.dtype)
-
-
-def _times(eight, dtype, x, matrix):
-  if not eight:
-    return jnp.matmul(x, matrix)
-  return float8.contracted(x, matrix, dtype, float8.VALUES, ((x.ndim - 1,), (0,))).astype(x.dtype)
-
-
-def _rows(layout: Layout, x: Array) -> Array:
-  """[..., I] as [R, I]: of a product of matrices XLA on a CPU makes one call, where of two dims of rows it first turns x
-  round. As it is where devices have rows of their own: which dim they split is not known here."""
-  split = any(layout.axes(logical) for logical in ('act_batch', 'act_length', 'act_stream'))
-  return x if split else x.reshape(-1, x.shape[-1])
-
-
-def _matrix(layout, axes, x, kernel):
-  # One contracted and one free dim: the CPU and GPU libraries' own shape, whatever the heads.
-  return layout.gathered(kernel.astype(x.dtype), *axes).reshape(x.shape[-1], -1)
-
-
-product.defvjp(_product, _product_backward)
-
-
 class Dense(nn.Module):
   """A linear map from the last dims of x to `features`; every projection of a model is one.
 
@@ -132,6 +77,7 @@ class Dense(nn.Module):
     num_inputs: how many last dims of x are contracted.
     bias: adds one of shape `features`.
     residual: the output adds to the residual stream, so its initial scale shrinks with depth (GPT-2).
+    zero: the kernel is 0 at the start.
   """
   config: ModelConfig
   layout: Layout
@@ -140,22 +86,32 @@ class Dense(nn.Module):
   num_inputs: int = 1
   bias: bool = True
   residual: bool = False
+  zero: bool = False
 
   @nn.compact
   def __call__(self, x: Array) -> Array:
     init, dtype = self.config.init, jnp.dtype(self.config.param_dtype)
     inputs = x.shape[x.ndim - self.num_inputs:]
     std = init.std / math.sqrt(2 * self.config.num_layers) if self.residual and init.scale_by_depth else init.std
-    kernel = self.param('kernel', nn.with_logical_partitioning(nn.initializers.normal(std), self.axes),
-                        inputs + self.features, dtype)
+    normal = nn.initializers.zeros if self.zero else nn.initializers.normal(std)
+    kernel = self.param('kernel', nn.with_logical_partitioning(normal, self.axes), inputs + self.features, dtype)
+    out_axes = self.axes[self.num_inputs:]
     bias = None
     if self.bias:
-      bias = self.param('bias', nn.with_logical_partitioning(nn.initializers.zeros, self.axes[self.num_inputs:]),
-                        self.features, dtype)
+      bias = self.param('bias', nn.with_logical_partitioning(nn.initializers.zeros, out_axes), self.features, dtype)
     lead = x.shape[:x.ndim - self.num_inputs]
     x = x.reshape(lead + (math.prod(inputs),)).astype(self.config.dtype)
-    eight = self.config.products == 'float8'
-    return product(self.layout, self.axes, eight, x, kernel, bias).reshape(lead + self.features)
+    rank = peft.rank_at(self.config.peft, self.path)
+    scaled = peft.at(self.config.peft, 'ia3', self.path)
+    if scaled == 'in':
+      x = peft.Scale(self.config, self.axes[:self.num_inputs], inputs, name=peft.SCALE)(x)
+    y = product(self.layout, self.axes, self.config.products == 'float8', x, kernel, None if rank else bias)
+    if rank:
+      y = peft.LowRank(self.config, self.layout, rank, inputs, self.features, self.axes, name=peft.LORA)(x, y, kernel)
+      y = y if bias is None else y + bias.reshape(-1).astype(y.dtype)
+    if scaled == 'out':
+      y = peft.Scale(self.config, out_axes, self.features, name=peft.SCALE)(y)
+    return y.reshape(lead + self.features)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))

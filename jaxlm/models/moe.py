@@ -12,6 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxlm.errors import JaxlmError
 from jaxlm.lookup import lookup
+from jaxlm.models import peft
 from jaxlm.models.config import ModelConfig, MoeConfig
 from jaxlm.models.layers import ACTIVATIONS, Dense, Mlp
 from jaxlm.sharding import Layout, differ
@@ -108,6 +109,9 @@ class Kernel(nn.Module):
     param = lambda name, init, axes, shape: self.param(name, nn.with_logical_partitioning(init, axes), shape,
                                                        jnp.dtype(config.param_dtype))
     kernel = param('kernel', nn.initializers.normal(std), ('expert', *self.axes), (E, *self.shape))
+    rank, side = peft.rank_at(config.peft, self.path), peft.at(config.peft, 'ia3', self.path)
+    if rank or side:
+      kernel = peft.ExpertDelta(config, self.axes, rank, side or '', name=peft.LORA if rank else peft.SCALE)(kernel)
     if not config.mlp.bias:
       return kernel, None
     return kernel, param('bias', nn.initializers.zeros, ('expert', self.axes[1]), (E, self.shape[1]))

@@ -1,5 +1,6 @@
 """Block and Stack: the layers of every family, scanned or one by one; their caches; parameters, stacked or not."""
 import dataclasses
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -12,7 +13,7 @@ from jaxlm import trees
 from jaxlm.errors import JaxlmError
 from jaxlm.lookup import lookup
 from jaxlm.models import attention as attention_module
-from jaxlm.models import recurrent, stages
+from jaxlm.models import peft, recurrent, stages, virtual
 from jaxlm.models.attention import Attention, Context, LayerCache
 from jaxlm.models.config import LayerKind, ModelConfig, Segments, segments
 from jaxlm.models.kernels import NO_WINDOW
@@ -122,6 +123,15 @@ class Block(nn.Module):
       branches['cross'] = cross
     if config.mlp.width or kind.moe:
       branches['mlp'] = feed
+    def adapted(name, y_BTD, branch):
+      """A branch's output, with its bottleneck's where it has one."""
+      out_BTD = branch(y_BTD)
+      if not peft.at(config.peft, 'bottleneck', (*self.path, name)):
+        return out_BTD
+      bottleneck = virtual.Bottleneck(config, self.layout, name=f'{name}_{peft.BOTTLENECK}')
+      return out_BTD + bottleneck(y_BTD if config.peft.parallel else out_BTD)
+
+    branches = {name: functools.partial(adapted, name, branch=branch) for name, branch in branches.items()}
     enter = lambda name: norm(residual.in_norm and not (kind.bare and name == 'attention'), f'{name}_norm')
     leave = lambda y, name: dropout(norm(residual.out_norm, f'{name}_out_norm')(y), config.dropout, keys_B,
                                     BRANCH_SITES[name])

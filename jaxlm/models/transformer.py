@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from jaxlm.errors import JaxlmError
 from jaxlm.lookup import lookup
+from jaxlm.models import virtual
 from jaxlm.models.attention import Context, Tokens
 from jaxlm.models.config import ModelConfig
 from jaxlm.models.kernels import NO_WINDOW, Bias
@@ -46,6 +47,7 @@ class Side:
     slots_BT: where in a cache each column goes.
     keys_B: dropout keys, or None.
     queries: of the columns that are queries alone, or None.
+    prefix: what layers make keys and values of virtual tokens of, or None.
   """
   ids_BT: Array
   tokens: Tokens
@@ -54,6 +56,7 @@ class Side:
   slots_BT: Array
   keys_B: Array | None
   queries: Tokens | None = None
+  prefix: Array | None = None
 
 
 class Tower(nn.Module):
@@ -125,7 +128,7 @@ class Tower(nn.Module):
     return dropout(x_BTE, config.dropout, fold(side.keys_B, EMBEDDING_LAYER), 0)
 
   def run(self, x_BTE: Array, side: Side, cache: list[BlockCache] | None = None,
-          source: tuple[Array, Tokens] | None = None) -> tuple[Array, Array, list[BlockCache] | None, Aux]:
+          source: tuple[Array, Tokens, Array | None] | None = None) -> tuple[Array, Array, list[BlockCache] | None, Aux]:
     """(the residual stream, the same after the final norm, the new cache, extra losses)."""
     config, embedding = self.config, self.config.embedding
     x_BTD = x_BTE
@@ -137,9 +140,13 @@ class Tower(nn.Module):
       tokens = jax.tree.map(lambda k, q: jnp.concatenate([k, q], axis=1), tokens, side.queries)
     x_BTD = self.layout.constrain(x_BTD, 'act_batch', 'act_stream', 'act_embed')
     context = Context(tokens, side.slots_BT, *self._rotations(tokens, side), self._bias(), side.keys_B, source,
-                      num_keys)
+                      self._virtual(side), side.prefix, num_keys)
     x_BTD, cache, aux = self.stack(x_BTD, context, cache)
     return x_BTD, self.final_norm(x_BTD) if config.residual.final_norm else x_BTD, cache, aux
+
+  def _virtual(self, side: Side) -> Array | None:
+    """Which virtual token of a prefix stands in each column of keys; None without a prefix."""
+    return virtual.numbers(self.config, side.ids_BT) if self.config.peft.method == 'prefix' else None
 
   def _rotations(self, tokens: Tokens, side: Side):
     """(rotations of layers without a window, of those with one or None)."""
@@ -218,6 +225,8 @@ class Transformer(Tower):
       self.encoder = Tower(towers['encoder/'], self.layout)
     if 'generator/' in towers:
       self.generator = Tower(towers['generator/'], self.layout, reads=False)
+    if config.peft.method == 'prompt' or config.peft.method == 'prefix' and config.peft.encoder != 'none':
+      self.virtual = virtual.Virtual(config, self.layout, E if config.peft.method == 'prompt' else config.width)
     normal, dtype = nn.initializers.normal(config.init.std), jnp.dtype(config.param_dtype)
     if head.lm and not config.tie_embeddings:
       self.head = self.param('head', nn.with_logical_partitioning(normal, ('vocab', 'embed')),
@@ -252,13 +261,14 @@ class Transformer(Tower):
     if 'memory_tokens' in batch:  # each column has a slot of its own: positions begin anew in every document
       batch = batch | {'slots': _columns(batch['tokens'], batch['memory_tokens'].shape[1])}
     side = _side(batch, '', config.visibility, keys_B, cached=cache is not None)
+    side = side.replace(prefix=self._prefix())
     source, aux = None, {}
     if config.structure == 'encoder_decoder' and 'source_tokens' in batch:
       hidden_BSD, read, aux = self.encode(batch, fold(keys_B, TOWER))
-      source = hidden_BSD, read
+      source = hidden_BSD, read, self._virtual(_side(batch, 'source_', 'full', None, cached=False))
     if 'memory_tokens' in batch:
       cache = self._remember(batch)
-    x_BTE = self.embedded(self.embed(side.ids_BT), side)
+    x_BTE = self.embedded(self._words(side.ids_BT), side)
     if config.structure == 'two_stream' and 'query_positions' in batch:
       side = side.replace(queries=_queries(batch))
       query_BME = jnp.broadcast_to(self.query_embed.astype(x_BTE.dtype), (*batch['query_positions'].shape,
@@ -278,12 +288,25 @@ class Transformer(Tower):
     features = self.features(at_BMD)
     with_logits = with_logits and config.head.lm
     return Output(self.logits(features) if with_logits else None, hidden_BTD, features, cache, aux, future,
-                  self._scores(hidden_BTD, side.tokens.segments))
+                  self._scores(hidden_BTD, virtual.real(config, side.ids_BT, side.tokens.segments)))
+
+  def _words(self, ids_BT: Array) -> Array:
+    """Embeddings [B, T, E] of ids, virtual ones among them."""
+    numbers_BT = virtual.numbers(self.config, ids_BT)
+    if numbers_BT is None:
+      return self.embed(ids_BT)
+    words_BTE = self.embed(jnp.where(numbers_BT >= 0, 0, ids_BT))
+    return virtual.put(numbers_BT, words_BTE, self.virtual()) if self.config.peft.method == 'prompt' else words_BTE
+
+  def _prefix(self) -> Array | None:
+    """What layers make keys and values of virtual tokens of; None where each has its own, or there is no prefix."""
+    peft = self.config.peft
+    return self.virtual() if peft.method == 'prefix' and peft.encoder != 'none' else None
 
   def encode(self, batch: dict[str, Array], keys_B: Array | None = None) -> tuple[Array, Tokens, Aux]:
     """(hidden states [B, S, D] of an encoder-decoder's source, its tokens, sums over layers of extra losses)."""
-    side = _side(batch, 'source_', 'full', keys_B, cached=False)
-    _, hidden_BSD, _, aux = self.encoder.run(self.encoder.embedded(self.embed(side.ids_BT), side), side)
+    side = _side(batch, 'source_', 'full', keys_B, cached=False).replace(prefix=self._prefix())
+    _, hidden_BSD, _, aux = self.encoder.run(self.encoder.embedded(self._words(side.ids_BT), side), side)
     return hidden_BSD, side.tokens, aux
 
   def _remember(self, batch: dict[str, Array]) -> list[BlockCache]:
@@ -291,10 +314,10 @@ class Transformer(Tower):
     memory = {key.removeprefix('memory_'): value for key, value in batch.items() if key.startswith('memory_')}
     memory['order'] = jnp.zeros_like(memory['tokens'])  # all of it is context
     memory['slots'] = _columns(memory['tokens'])
-    side = _side(memory, '', self.config.visibility, None, cached=True)
+    side = _side(memory, '', self.config.visibility, None, cached=True).replace(prefix=self._prefix())
     B, M = side.ids_BT.shape
     cache = init_cache(self.config, B, M + batch['tokens'].shape[1])
-    _, _, cache, _ = self.run(self.embedded(self.embed(side.ids_BT), side), side, cache)
+    _, _, cache, _ = self.run(self.embedded(self._words(side.ids_BT), side), side, cache)
     return jax.lax.stop_gradient(cache)
 
   def _future(self, x_BTD: Array, side: Side, cache: Any) -> tuple[list[Array], Aux]:
