@@ -10,7 +10,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
 from jaxlm.lookup import lookup
-from jaxlm.models import peft
+from jaxlm.models import peft, quantised
 from jaxlm.models.config import ModelConfig
 from jaxlm.models.products import product
 from jaxlm.sharding import Layout, axes_of
@@ -94,7 +94,8 @@ class Dense(nn.Module):
     inputs = x.shape[x.ndim - self.num_inputs:]
     std = init.std / math.sqrt(2 * self.config.num_layers) if self.residual and init.scale_by_depth else init.std
     normal = nn.initializers.zeros if self.zero else nn.initializers.normal(std)
-    kernel = self.param('kernel', nn.with_logical_partitioning(normal, self.axes), inputs + self.features, dtype)
+    kernel = self.param('kernel', quantised.initialiser(self.config.peft, self.path, normal, self.axes),
+                        inputs + self.features, dtype)
     out_axes = self.axes[self.num_inputs:]
     bias = None
     if self.bias:

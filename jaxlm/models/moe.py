@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxlm.errors import JaxlmError
 from jaxlm.lookup import lookup
-from jaxlm.models import peft
+from jaxlm.models import peft, quantised
 from jaxlm.models.config import ModelConfig, MoeConfig
 from jaxlm.models.layers import ACTIVATIONS, Dense, Mlp
 from jaxlm.sharding import Layout, differ
@@ -106,15 +106,18 @@ class Kernel(nn.Module):
   def __call__(self) -> tuple[Array, Array | None]:
     config, E = self.config, self.config.moe.num_experts
     std = config.init.std / (math.sqrt(2 * config.num_layers) if self.residual and config.init.scale_by_depth else 1)
-    param = lambda name, init, axes, shape: self.param(name, nn.with_logical_partitioning(init, axes), shape,
-                                                       jnp.dtype(config.param_dtype))
-    kernel = param('kernel', nn.initializers.normal(std), ('expert', *self.axes), (E, *self.shape))
+    dtype = jnp.dtype(config.param_dtype)
+    normal = quantised.initialiser(config.peft, self.path, nn.initializers.normal(std), ('expert', *self.axes), front=1)
+    kernel = self.param('kernel', normal, (E, *self.shape), dtype)
     rank, side = peft.rank_at(config.peft, self.path), peft.at(config.peft, 'ia3', self.path)
+    if quantised.is_parts(kernel):
+      kernel = quantised.whole(kernel, dtype if rank or side else config.dtype)
     if rank or side:
       kernel = peft.ExpertDelta(config, self.axes, rank, side or '', name=peft.LORA if rank else peft.SCALE)(kernel)
     if not config.mlp.bias:
       return kernel, None
-    return kernel, param('bias', nn.initializers.zeros, ('expert', self.axes[1]), (E, self.shape[1]))
+    zeros = nn.with_logical_partitioning(nn.initializers.zeros, ('expert', self.axes[1]))
+    return kernel, self.param('bias', zeros, (E, self.shape[1]), dtype)
 
 
 class Experts(nn.Module):

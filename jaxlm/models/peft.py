@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from jaxlm import trees
 from jaxlm.errors import JaxlmError
+from jaxlm.models import quantised
 from jaxlm.models.config import ModelConfig, PeftConfig
 from jaxlm.models.products import product
 from jaxlm.sharding import Layout
@@ -92,7 +93,7 @@ class LowRank(nn.Module):
     if self.config.peft.dora:
       self.magnitude = param('magnitude', nn.initializers.ones, self.axes[num:], self.features)
 
-  def __call__(self, x: Array, y: Array, kernel: Array) -> Array:
+  def __call__(self, x: Array, y: Array, kernel: Array | quantised.Parts) -> Array:
     """What W + s·A·B makes of x [..., I], of which W makes y [..., O]."""
     config, num = self.config, len(self.inputs)
     low = product(self.layout, (*self.axes[:num], None), False, x, self.a, None)
@@ -100,6 +101,7 @@ class LowRank(nn.Module):
     y = y + jnp.asarray(strength(config.peft, self.rank), y.dtype) * more
     if not config.peft.dora:
       return y
+    kernel = quantised.whole(kernel, jnp.float32)
     # The length counts as a constant for the gradient (section 4.3), which halves the memory.
     length = jax.lax.stop_gradient(lengths(kernel, _update(config.peft, self.a, self.b, kernel), num))
     return y * (self.magnitude / length).reshape(-1).astype(y.dtype)
@@ -169,27 +171,30 @@ class ExpertDelta(nn.Module):
 
 def settled(params: Tree) -> Tree:
   """Parameters with what a delta takes from the weights it begins beside: lengths of DoRA."""
-  leaves = trees.flatten(params)
+  leaves = quantised.together(params)
   for path in [path for path in leaves if path.endswith(f'/{LORA}/magnitude')]:
     home = path.removesuffix(f'{LORA}/magnitude')
-    kernel, a, b = leaves[f'{home}kernel'], leaves[f'{home}{LORA}/a'], leaves[f'{home}{LORA}/b']
+    kernel = quantised.whole(leaves[f'{home}kernel'], jnp.float32)
+    a, b = leaves[f'{home}{LORA}/a'], leaves[f'{home}{LORA}/b']
     front = a.ndim + b.ndim - 2 - kernel.ndim
     leaves[path] = lengths(kernel, 0.0, a.ndim - 1 - front, front).astype(leaves[path].dtype)
   return trees.unflatten(leaves)
 
 
-def merge(params: Tree, peft: PeftConfig) -> Tree:
+def merge(params: Tree, peft: PeftConfig, dtype: Any = jnp.float32) -> Tree:
   """The parameters of a model without the method that computes the same.
 
   Args:
     params: unstacked, a layer by itself.
+    dtype: of kernels that were kept in codes, which are made whole.
   Raises:
     JaxlmError: the method adds what weights cannot express.
   """
   if peft.method not in ('lora', 'ia3', 'bitfit', 'none'):
     raise JaxlmError(f'peft method {peft.method!r} cannot be merged: its delta is no change of weights. Keep it beside '
                      'the base; lora, ia3 and bitfit can be.')
-  leaves = trees.flatten(params)
+  leaves = {path: quantised.whole(leaf, dtype) if quantised.is_parts(leaf) else leaf
+            for path, leaf in quantised.together(params).items()}
   for home in sorted({path.partition(f'{folder}/')[0] for folder in (LORA, SCALE) for path in leaves
                       if f'/{folder}/' in path}):
     kernel, bias = leaves[f'{home}kernel'], leaves.get(f'{home}bias')

@@ -4,14 +4,14 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from jaxlm.models import float8
+from jaxlm.models import float8, quantised
 from jaxlm.sharding import Layout
 from jaxlm.sums import over_lead
 from jaxlm.types import Array
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def product(layout: Layout, axes: tuple[str | None, ...], eight: bool, x: Array, kernel: Array,
+def product(layout: Layout, axes: tuple[str | None, ...], eight: bool, x: Array, kernel: Array | quantised.Parts,
             bias: Array | None) -> Array:
   """x [..., I] times a kernel of I inputs, flattened to [..., O], and a bias added.
 
@@ -21,7 +21,8 @@ def product(layout: Layout, axes: tuple[str | None, ...], eight: bool, x: Array,
   Args:
     axes: logical axes of the kernel.
     eight: all three products, forward and backward, multiply in 8 bits (`float8`).
-    kernel: any number of dims, I·O elements.
+    kernel: any number of dims, I·O elements; or kept in codes, which get no gradient and which each direction makes
+      whole for itself.
     bias: O elements, or None.
   """
   return _product(layout, axes, eight, x, kernel, bias)[0]
@@ -37,9 +38,11 @@ def _product_backward(layout, axes, eight, saved, dy):
   x, kernel, bias = saved
   x_RI, dy_RO = _rows(layout, x), _rows(layout, dy)
   lead = tuple(range(x_RI.ndim - 1))
-  dkernel = (float8.contracted(x_RI, dy_RO, float8.VALUES, float8.GRADIENTS, (lead, lead)) if eight
-             else over_lead(x_RI, dy_RO, len(lead)))
-  dkernel = layout.constrain(dkernel.reshape(kernel.shape), *axes).astype(kernel.dtype)
+  dkernel = None
+  if not quantised.is_parts(kernel):
+    dkernel = (float8.contracted(x_RI, dy_RO, float8.VALUES, float8.GRADIENTS, (lead, lead)) if eight
+               else over_lead(x_RI, dy_RO, len(lead)))
+    dkernel = layout.constrain(dkernel.reshape(kernel.shape), *axes).astype(kernel.dtype)
   dbias = None if bias is None else over_lead(jnp.ones(x_RI.shape[:-1], dy.dtype), dy_RO)
   dx = _times(eight, float8.GRADIENTS, dy_RO, _matrix(layout, axes, x, kernel).T)
   return dx.reshape(x.shape), dkernel, None if bias is None else dbias.reshape(bias.shape).astype(bias.dtype)
@@ -60,7 +63,7 @@ def _rows(layout: Layout, x: Array) -> Array:
 
 def _matrix(layout, axes, x, kernel):
   # One contracted and one free dim: the CPU and GPU libraries' own shape, whatever the heads.
-  return layout.gathered(kernel.astype(x.dtype), *axes).reshape(x.shape[-1], -1)
+  return quantised.gathered(layout, axes, kernel, x.dtype).reshape(x.shape[-1], -1)
 
 
 product.defvjp(_product, _product_backward)
