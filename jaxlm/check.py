@@ -35,7 +35,8 @@ NAMED = {
 def faults(config: ConfigDict) -> list[str]:
   """Everything wrong with a config, one line each; [] if it can be run."""
   found = config_module.faults(config)
-  return found or list(_names(config)) + list(_model(config)) + list(_training(config)) + list(_data(config))
+  return found or list(_names(config)) + list(_model(config)) + list(_training(config)) + list(_data(config)) + list(
+      _task(config))
 
 
 def validate(config: ConfigDict) -> None:
@@ -187,6 +188,30 @@ def _parallel(config: ConfigDict) -> Iterator[str]:
              'back.')
     if config.objective.name == 'permutation' and config.objective.permutation.memory:
       yield (f'config.mesh.pipe={mesh.pipe}: a pipeline keeps no memory; set config.objective.permutation.memory to 0.')
+
+
+def _task(config: ConfigDict) -> Iterator[str]:
+  data, name, peft = config.data, config.objective.name, config.model.peft
+  learns = name in objectives.ANSWERS
+  if data.task and not learns:
+    yield (f'config.data.task={data.task!r}: objective {name!r} learns raw text; set config.objective.name to '
+           f'{", ".join(objectives.ANSWERS)}, whichever the task is.')
+  if learns and not data.task:
+    yield f'objective {name!r} learns a task; set config.data.task, or another objective.'
+  if name == 'contrast' and config.accumulation != 1:
+    yield (f'config.accumulation={config.accumulation}: all texts of a batch meet in a contrastive loss; set it to 1, or '
+           'config.batch_size lower.')
+  if peft.method in ('prompt', 'prefix') and not data.task:
+    yield (f'config.model.peft.method={peft.method!r}: virtual tokens stand before the texts of a task; set config.data.task '
+           'and an objective that learns one.')
+  if peft.method == 'prefix' and (config.model.mixer != 'attention' or config.model.attention.latent.kv_rank):
+    yield ("config.model.peft.method='prefix' gives attention keys and values, which this model makes otherwise; take "
+           "'prompt' or 'lora'.")
+  if peft.method == 'prefix' and peft.encoder == 'lstm':
+    yield "config.model.peft.encoder='lstm' makes embeddings; of a prefix take 'mlp' or 'none'."
+  if peft.base != 'same' and peft.method in ('none', 'bitfit'):
+    yield (f'config.model.peft.base={peft.base!r} keeps weights that nobody trains; set config.model.peft.method, such as '
+           "'lora'.")
 
 
 def _data(config: ConfigDict) -> Iterator[str]:

@@ -45,7 +45,7 @@ class Checkpoints:
     folder: <workdir>/checkpoints; made unless read_only.
     keep_latest: newest steps kept; at least 2, for one may prove damaged.
     keep_every: steps that are multiples of this are kept for good; 0: none.
-    keep_best: also so many steps with the lowest best_metric; 0: none.
+    keep_best: also so many steps with the lowest best_metric, or the highest; 0: none.
     best_metric: key of the `metrics` given to `save`; steps without a finite one are not among the best.
     read_only: to read another run, live ones too: nothing is written, moved or deleted.
   Raises:
@@ -53,13 +53,13 @@ class Checkpoints:
   """
 
   def __init__(self, folder: str | os.PathLike, *, keep_latest: int = 2, keep_every: int = 0, keep_best: int = 0,
-               best_metric: str = '', read_only: bool = False):
+               best_metric: str = '', best_is_highest: bool = False, read_only: bool = False):
     if keep_latest < 2:
       raise JaxlmError(f'keep_latest={keep_latest}: one checkpoint may prove damaged; keep at least 2.')
     self.folder = pathlib.Path(folder).absolute()
     self._read_only = read_only
     self._best_metric = best_metric
-    self._best = _Best(keep_best)
+    self._best = _Best(keep_best, -1 if best_is_highest else 1)
     self._policies: list[Any] = [ocp.checkpoint_managers.LatestN(keep_latest), self._best]
     if keep_every:
       self._policies.append(ocp.checkpoint_managers.EveryNSteps(keep_every))
@@ -349,11 +349,12 @@ def lock(workdir: str | os.PathLike) -> Iterator[None]:
 
 @dataclasses.dataclass
 class _Best:
-  """Orbax preservation policy: the n steps whose value is lowest.
+  """Orbax preservation policy: the n steps whose value times `sign` is lowest.
 
   Its own BestN wants the metrics in a file of each step, unsealed, and one that does not parse stops it from opening.
   """
   n: int
+  sign: int = 1
   values: dict[int, float] = dataclasses.field(default_factory=dict)
 
   def note(self, step: int, value: float | None) -> None:
@@ -363,7 +364,7 @@ class _Best:
   def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
     del context
     known = [c.step for c in checkpoints if c.step in self.values]
-    best = sorted(known, key=lambda step: (self.values[step], step))[:self.n]
+    best = sorted(known, key=lambda step: (self.sign * self.values[step], step))[:self.n]
     return [c.step in best for c in checkpoints]
 
 

@@ -7,6 +7,7 @@ import dataclasses
 import importlib.util
 import json
 import math
+import os
 from typing import Any, Iterator, Mapping
 
 from ml_collections import ConfigDict
@@ -385,6 +386,29 @@ def from_plain(values: Mapping[str, Any]) -> ConfigDict:
 def loads(text: str) -> ConfigDict:
   """A config from config.json."""
   return from_plain(json.loads(text))
+
+
+def adopt(config: ConfigDict, path: str) -> ConfigDict:
+  """The config with the model, tokenizer and precision of weights of a run, whose weights it starts with.
+
+  Args:
+    path: a run directory. (A Hugging Face folder becomes one by `python -m jaxlm.convert`.)
+  Raises:
+    JaxlmError: there is none.
+  """
+  try:
+    with open(os.path.join(path, 'config.json'), encoding='utf-8') as f:
+      base = json.load(f)
+    found = {key: base[key] for key in ('model', 'precision', 'data')}
+  except (OSError, ValueError, KeyError, TypeError) as e:
+    raise JaxlmError(f'{path} is no run directory to start from ({type(e).__name__}: {e}); train one, or make one of a '
+                     'Hugging Face folder with python -m jaxlm.convert.') from e
+  with config.unlocked():
+    config.model.update(from_plain(found['model']))
+    config.precision.params = found['precision']['params']
+    config.data.update(bos=found['data']['bos'], eos=found['data']['eos'], tokenizer=os.path.join(path, 'tokenizer'))
+    config.checkpoint.init_from = path
+  return config
 
 
 def differences(config: ConfigDict, other: ConfigDict) -> dict[str, tuple[Any, Any]]:

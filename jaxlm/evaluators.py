@@ -2,12 +2,15 @@
 import collections
 import functools
 import math
-from typing import Any, Callable, Iterator, Sequence
+from typing import Any, Callable, Iterator
 
 import jax
+import numpy as np
 
 from jaxlm import decode, losses, reading, sharding
+from jaxlm.data.examples import TaskBatches
 from jaxlm.data.pipeline import HeldoutBatches
+from jaxlm.measure import verdicts
 from jaxlm.models import stages
 from jaxlm.models.transformer import Transformer
 from jaxlm.types import Tree
@@ -27,28 +30,38 @@ def measure_step(loss_fn: Any, by_context: Any = None):
   return jax.jit(step, compiler_options=sharding.compiler_options(jax.devices()[0].platform))
 
 
+def score_step(model: Transformer):
+  """Returns a compiled (params, batch) -> what the label head says, the same on all processes."""
+  def step(params: Tree, batch: dict[str, Any]) -> Any:
+    scores = model.apply({'params': params}, batch, with_logits=False).scores
+    return jax.lax.with_sharding_constraint(scores, model.layout.replicated)
+  return jax.jit(step, compiler_options=sharding.compiler_options(jax.devices()[0].platform))
+
+
 class Evaluators:
   """Measures a model on the held-out documents of each source.
 
   Args:
     config: eval and loss are read.
     model: whose layout places batches.
-    stores: of the sources.
+    prepared: stores of the sources, or a task's examples; and the tokenizer, for samples.
     objective: as in training.
-    tokenizer: for samples.
     loss_fn: as in training, (params, batch, rng) -> (sum, sums and counts).
     arrange: what a batch's columns go through before they are placed.
   """
 
-  def __init__(self, config: Any, model: Transformer, stores: Sequence[Any], objective: Any, tokenizer: Any,
-               loss_fn: Any, arrange: Callable[[dict[str, Any]], dict[str, Any]] = lambda batch: batch):
-    self._config, self._model, self._tokenizer = config, model, tokenizer
+  def __init__(self, config: Any, model: Transformer, prepared: Any, objective: Any, loss_fn: Any,
+               arrange: Callable[[dict[str, Any]], dict[str, Any]] = lambda batch: batch):
+    self._config, self._model, self._tokenizer, self._task = config, model, prepared.tokenizer, prepared.task
     self._layout, self._size = model.layout, config.eval.batch_size
     shape = (self._size, config.seq_len)
     self._rows = self._layout.host_rows(shape)
-    self._heldout = [HeldoutBatches(s, objective, config, tokenizer.vocab, lambda size: self._rows)
-                     for s in stores if len(s.heldout)]
-    if self._heldout:
+    rows = lambda size: self._rows
+    self._heldout = [HeldoutBatches(s, objective, config, self._tokenizer.vocab, rows)
+                     for s in prepared.stores if len(s.heldout)]
+    self._validation = TaskBatches(config, prepared.task, objective, rows) if prepared.task else None
+    self._scores = score_step(model) if objective.loss == 'labels' else None
+    if self._heldout or self._validation:
       stages.check_rows(self._size, self._layout)  # before any training
     self._covers, by_context = objective.covers, None
     if config.eval.by_context and objective.covers:
@@ -62,6 +75,8 @@ class Evaluators:
     Where the objective predicts every token of a text once, also bits_per_byte and gzip_bits_per_byte, and with
     config.eval.by_context loss_after_1, _2, _4, … tokens. <name> is the source's, and 'heldout' for all together.
     """
+    if self._validation is not None:
+      return self._measure_task(params, going_on)
     found: dict[str, float] = {}
     everything, every_byte = collections.Counter(), collections.Counter()
     for heldout in self._heldout:
@@ -77,6 +92,22 @@ class Evaluators:
       if len(self._heldout) > 1:
         found |= self._told(heldout.name, sums, bytes_)
     return found | self._told(HELDOUT, everything, every_byte) if everything['loss', 1] else found
+
+  def _measure_task(self, params: Tree, going_on: Callable[[], None]) -> dict[str, float]:
+    """eval/validation/…: the loss and what it tells; of tasks with labels also their metric."""
+    sums, scores = collections.Counter(), []
+    for rows in self._validation:
+      placed = self._layout.place(self._arrange(rows), self._size, self._rows[0])
+      for name, parts in self._step(params, placed).items():
+        sums.update({(name, i): float(part) for i, part in enumerate(parts)})
+      if self._scores is not None:
+        scores.append(np.asarray(self._scores(params, placed)))
+      going_on()
+    told = {metric: sums[metric, 0] / max(sums[metric, 1], 1e-9) for metric, i in sums if i == 0 and metric != 'objective'}
+    if scores:
+      data = self._task
+      told |= verdicts.of_scores(data.task, data.examples, self._validation.encoded, data.form, np.concatenate(scores))
+    return {f'eval/{self._validation.name}/{name}': value for name, value in told.items()}
 
   def _told(self, name: str, sums: collections.Counter, bytes_: collections.Counter) -> dict[str, float]:
     values = {metric: sums[metric, 0] / max(sums[metric, 1], 1e-9) for metric, i in sums if i == 0}

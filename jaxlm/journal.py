@@ -24,12 +24,16 @@ class Position:
     seconds: spent training, evaluation and sampling aside.
     rewinds: how often the run went back.
     skips: ranges of the stream that are passed over, [first, end) each.
+    best: the best value of config.checkpoint.best_metric; None: none yet.
+    waited: evaluations since then.
   """
   examples: int = 0
   tokens: int = 0
   seconds: float = 0.0
   rewinds: int = 0
   skips: list[list[int]] = dataclasses.field(default_factory=list)
+  best: float | None = None
+  waited: int = 0
 
 
 @dataclasses.dataclass
@@ -102,6 +106,20 @@ class Journal:
       for prompt, text in self.evaluators.samples(params, step):
         self.writer.sample(step, prompt, text)
       going_on()
+
+  def tired(self, step: int, position: Position) -> bool:
+    """Whether config.checkpoint.patience evaluations have brought nothing better, this step's counted in."""
+    settings = self.config.checkpoint
+    value = self.of(step).get(settings.best_metric)
+    if not settings.patience or value is None:
+      return False
+    better = position.best is None or (value > position.best if settings.best_is_highest else value < position.best)
+    position.best, position.waited = (value, 0) if better else (position.best, position.waited + 1)
+    if position.waited < settings.patience:
+      return False
+    self.writer.say(f'step {step}: {settings.best_metric} has not been better than {position.best:.4g} for '
+                    f'{position.waited} evaluations; the run ends here.')
+    return True
 
   def back(self, step: int, position: Position) -> None:
     """After a rewind."""

@@ -1,4 +1,5 @@
 """A loaded model: logits, hidden states, continuations, scores, embeddings."""
+import copy
 import dataclasses
 import functools
 from typing import Any, Callable, Iterator, Sequence
@@ -10,6 +11,8 @@ import numpy as np
 from jaxlm import decode, losses, reading, trees
 from jaxlm.data import tokenizers
 from jaxlm.errors import JaxlmError
+from jaxlm.models import peft, virtual
+from jaxlm.models.config import PeftConfig
 from jaxlm.models.transformer import Transformer, pool
 from jaxlm.sampling import Sampling, bucket
 from jaxlm.sharding import Layout
@@ -34,6 +37,7 @@ class LM:
     start: ids that every text begins with, as in training: the beginning-of-text token, or nothing.
     end: ids that a text ends with that is read whole, by an encoder.
     eos: ids that end a text that is produced.
+    front: ids of virtual tokens, which stand before all that is read.
   """
 
   def __init__(self, config: Any, model: Transformer, params: Tree, tokenizer: tokenizers.Tokenizer | None,
@@ -54,7 +58,9 @@ class LM:
     self.model, self.params = reading.unrolled(model, params)
     self.layout, self.mesh = self.model.layout, self.model.layout.mesh
     self._encodes = model.config.structure == 'encoder_decoder'
-    self._prompting = prompting or Prompt
+    size = self.model.config.vocab_size
+    self.front = list(range(size, size + virtual.count(self.model.config.peft)))
+    self._prompting = functools.partial(_fronted, self.front, self._encodes, prompting or Prompt)
     vocab = tokenizers.Vocab(0) if tokenizer is None else tokenizer.vocab
     one = lambda on, id: [id] if on and id is not None else []
     self.start, self.end = frame or (one(config.data.bos, vocab.first), one(config.data.eos, vocab.last))
@@ -80,11 +86,16 @@ class LM:
     """[B, T, D] after the final norm, in the compute dtype; the arguments of `logits`."""
     return self._forward(tokens_BT, source_BS, mask, source_mask, 'hidden')
 
-  def scores(self, tokens_BT: Any, source_BS: Any = None, mask: Any = None, source_mask: Any = None) -> Array:
-    """What the label head says: float32 [B, labels], or [B, T, labels]; the arguments of `logits`."""
+  def scores(self, tokens_BT: Any, source_BS: Any = None, mask: Any = None, source_mask: Any = None,
+             types: Any = None) -> Array:
+    """What the label head says: float32 [B, labels], or [B, T, labels]; the arguments of `logits`, and
+
+    Args:
+      types: [B, T], which of two texts a token belongs to, from 0; None: all to the first.
+    """
     if self.model.config.head.labels == 'none':
       raise JaxlmError("scores needs a label head, and this model has none (config.model.head.labels='none').")
-    return self._forward(tokens_BT, source_BS, mask, source_mask, 'scores')
+    return self._forward(tokens_BT, source_BS, mask, source_mask, 'scores', types)
 
   def attention(self, tokens_BT: Any, source_BS: Any = None, mask: Any = None,
                 source_mask: Any = None) -> list[Array]:
@@ -102,11 +113,27 @@ class LM:
     seen, T = trees.flatten(jax.jit(see)(self.params, rows)), rows[0][0].shape[1]
     return [seen[f'attention/stack/layer_{i}/attention/probs/0'][:, :, :T] for i in range(config.num_layers)]
 
-  def _forward(self, tokens: Any, source: Any, mask: Any, source_mask: Any, what: str) -> Array:
+  def _forward(self, tokens: Any, source: Any, mask: Any, source_mask: Any, what: str, types: Any = None) -> Array:
     rows = self._given(tokens, source, mask, source_mask)
-    B, T = rows[0][0].shape
-    found = _outputs(self.model, self.params, *(self._grown(*row) for row in rows), what=what)
-    return found[:B] if found.ndim == 2 else found[:B, :T]
+    (B, T), P = rows[0][0].shape, 0
+    if self.front:
+      read = -1  # the source, where there is one
+      rows[read] = self._behind_front(*rows[read])
+      P = rows[0][0].shape[1] - T
+    grown = [self._grown(*row) for row in rows]
+    if types is not None:
+      types = np.asarray(types, np.int32)
+      types = np.pad(types, [(0, n - m) for n, m in zip(grown[0][0].shape, types.shape)][:1] + [
+          (P, grown[0][0].shape[1] - P - types.shape[1])])
+    found = _outputs(self.model, self.params, *grown, what=what, types=types)
+    return found[:B] if found.ndim == 2 else found[:B, P:P + T]
+
+  def _behind_front(self, tokens_BT: np.ndarray, real_BT: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Rows with virtual tokens before them."""
+    front = np.broadcast_to(np.array(self.front, np.int32), (len(tokens_BT), len(self.front)))
+    reading.check_length(self.model, len(self.front) + int(real_BT.sum(1).max()), 'The longest row with its virtual tokens',
+                         'Give shorter rows.')
+    return np.concatenate([front, tokens_BT], 1), np.concatenate([np.ones(front.shape, bool), real_BT], 1)
 
   def _given(self, tokens: Any, source: Any, mask: Any, source_mask: Any) -> list[tuple[np.ndarray, np.ndarray]]:
     """(ids, which are real) of the tokens and, where there is an encoder, of its source."""
@@ -274,10 +301,30 @@ class LM:
         raise JaxlmError(f'Text {row} is empty, and this model has no token that begins a text; leave it out.')
       reading.check_length(self.model, len(found), f'Text {row}', 'Cut it into pieces.')
     means = np.zeros((len(texts), self.model.config.width), np.float32)
-    prompts = [Prompt([0], found) if self._encodes else Prompt(found) for found in ids]
+    fronted = functools.partial(_fronted, self.front, self._encodes)
+    prompts = [fronted(lambda found: Prompt([0], found), found) if self._encodes else fronted(Prompt, found)
+               for found in ids]
     for rows, inputs in self._batches(prompts, batch_size):
       means[rows] = np.asarray(_means(self.model, self.params, inputs))[:len(rows)]
     return means[0] if single else means
+
+  def merged(self) -> 'LM':
+    """The same model with its delta in its weights: as fast as the base, and exported like one. This one stays as it is.
+
+    Raises:
+      JaxlmError: the method adds what weights cannot express.
+    """
+    config = self.config.copy_and_resolve_references()
+    with config.unlocked():
+      config.model.peft.method, config.model.peft.base, config.checkpoint.init_from = 'none', 'same', ''
+    model = self.model.clone(config=dataclasses.replace(self.model.config, peft=PeftConfig()))
+    return self._with(config, model, peft.merge(self.params, self.model.config.peft))
+
+  def _with(self, config: Any, model: Transformer, params: Tree) -> 'LM':
+    """Another model that reads and writes text as this one does."""
+    other = copy.copy(self)
+    other.config, other.model, other.params = config, model, params
+    return other
 
   # ---- between text and ids --------------------------------------------------------------------------------------
 
@@ -330,7 +377,7 @@ class LM:
       ids = [first] + ids
     reading.check_length(self.model, count, f'Continuation {row}', 'Score it in pieces.')
     if self.model.config.positions.kind == 'learned':
-      ids = ids[-(self.model.config.max_length + 1):]
+      ids = ids[-(self.model.config.max_length - len(self.front) + 1):]
     if not count:
       return Prompt([]), []
     prompt = self._prompting(ids[:-count])
@@ -356,6 +403,16 @@ class LM:
     for start in range(0, len(order), batch_size):
       rows = order[start:start + batch_size]
       yield rows, reading.pad(self.model, [prompts[i] for i in rows])
+
+
+def _fronted(front: list[int], encodes: bool, prompting: Callable[[list[int]], Prompt], ids: list[int]) -> Prompt:
+  """What is continued where a text is given, behind the virtual tokens."""
+  prompt = prompting(ids)
+  if not front:
+    return prompt
+  if encodes:
+    return dataclasses.replace(prompt, source=[*front, *prompt.source])
+  return dataclasses.replace(prompt, ids=[*front, *prompt.ids], context=prompt.context and prompt.context + len(front))
 
 
 def _listed(given: Any) -> tuple[bool, list[Text]]:
@@ -397,8 +454,9 @@ def _batch(config: Any, rows: tuple[Array, Array], source: tuple[Array, Array] |
 
 @functools.partial(jax.jit, static_argnames=('model', 'what'))
 def _outputs(model: Transformer, params: Tree, rows: tuple[Array, Array], source: tuple[Array, Array] | None = None,
-             what: str = 'logits') -> Array:
-  out = model.apply({'params': params}, _batch(model.config, rows, source), with_logits=what == 'logits')
+             what: str = 'logits', types: Array | None = None) -> Array:
+  batch = _batch(model.config, rows, source) | ({} if types is None else {'token_types': jnp.asarray(types)})
+  out = model.apply({'params': params}, batch, with_logits=what == 'logits')
   return out.logits[..., :model.config.vocab_size] if what == 'logits' else getattr(out, what)
 
 
@@ -424,8 +482,9 @@ def _scores(model: Transformer, params: Tree, inputs: reading.Inputs, targets_BT
 def _means(model: Transformer, params: Tree, inputs: reading.Inputs) -> Array:
   if inputs.source_BS is not None:
     hidden_BSD, tokens = model.apply({'params': params}, reading.sources(inputs), method='encode')
-    mean_BD = pool(hidden_BSD, tokens.segments, 'mean')
+    mean_BD = pool(hidden_BSD, virtual.real(model.config, inputs.source_BS, tokens.segments), 'mean')
   else:
     real_BT = _real(inputs.tokens_BT, inputs.lengths_B)
-    mean_BD = pool(_outputs(model, params, (inputs.tokens_BT, real_BT), what='hidden'), real_BT, 'mean')
+    mean_BD = pool(_outputs(model, params, (inputs.tokens_BT, real_BT), what='hidden'),
+                   virtual.real(model.config, inputs.tokens_BT, real_BT), 'mean')
   return jax.lax.with_sharding_constraint(mean_BD.astype(jnp.float32), model.layout.replicated)

@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any, Mapping
 
 from jaxlm import config as config_module
-from jaxlm import hf, objectives, sharding, transfer
+from jaxlm import adopt, hf, objectives, reading, sharding, transfer, trees
 from jaxlm.checkpoint import Checkpoints
 from jaxlm.data import tokenizers
 from jaxlm.errors import JaxlmError
 from jaxlm.lm import LM
+from jaxlm.models import peft
 from jaxlm.models.config import freeze
 from jaxlm.models.transformer import Transformer
 from jaxlm.rundir import RunDirectory
@@ -19,7 +20,7 @@ from jaxlm.sharding import Layout
 from jaxlm.types import Prompt
 
 
-def load(path: str | os.PathLike, mesh: Any = None, dtype: str | None = None) -> LM:
+def load(path: str | os.PathLike, mesh: Any = None, dtype: str | None = None, base: LM | None = None) -> LM:
   """The model of a run directory (its newest valid checkpoint), or of a Hugging Face folder.
 
   A run that kept a moving average of its parameters gives that.
@@ -28,6 +29,8 @@ def load(path: str | os.PathLike, mesh: Any = None, dtype: str | None = None) ->
     path: what `python -m jaxlm.main` wrote, or a folder with config.json, safetensors and tokenizer.
     mesh: a `jax.sharding.Mesh` from `sharding.make_mesh`, or sizes of its axes as in config.mesh; None: one device.
     dtype: of parameters and computing, 'float32' or 'bfloat16'; None: as the run had them.
+    base: of a run that holds a delta alone (config.model.peft): the model it adapts, already loaded, whose arrays are
+      then shared by all deltas that are loaded so. None: it is read from where the run says.
   Raises:
     JaxlmError: neither kind of folder, or one that is not complete.
   """
@@ -39,7 +42,7 @@ def load(path: str | os.PathLike, mesh: Any = None, dtype: str | None = None) ->
   if not os.path.isfile(os.path.join(path, 'config.json')):
     what = 'has no config.json' if os.path.isdir(path) else 'is not there'
     raise JaxlmError(f'{path} {what}; give a run directory, a Hugging Face folder or a GGUF file.')
-  return _load_run(path, mesh, dtype)
+  return _load_run(path, mesh, dtype, base)
 
 
 def _layout(config: Any, mesh: Any) -> Layout:
@@ -48,7 +51,7 @@ def _layout(config: Any, mesh: Any) -> Layout:
   return Layout(sharding.make_mesh(mesh) if isinstance(mesh, Mapping) else mesh, tuple(config.sharding.rules))
 
 
-def _load_run(path: str, mesh: Any, dtype: str | None) -> LM:
+def _load_run(path: str, mesh: Any, dtype: str | None, base: LM | None) -> LM:
   config = RunDirectory(path).config
   if faults := config_module.faults(config):
     raise JaxlmError('\n'.join(f'{path}/config.json: {fault}' for fault in faults))
@@ -58,15 +61,24 @@ def _load_run(path: str, mesh: Any, dtype: str | None) -> LM:
       config_module.resolved(config)['model'], vocab_size=tokenizer.vocab.size, visibility=objective.visibility,
       compute_dtype=dtype or config.precision.compute, param_dtype=dtype or config.precision.params),
       _layout(config, mesh))
+  delta, wanted = model.config.peft.method != 'none', transfer.wanted(model)
+  if delta:
+    wanted, _ = trees.partition(wanted, functools.partial(peft.is_trained, model.config.peft))
   with Checkpoints(os.path.join(path, 'checkpoints'), read_only=True) as checkpoints:
-    found = checkpoints.restore_params(transfer.wanted(model), item='ema' if config.optim.ema_decay else 'params')
+    found = checkpoints.restore_params(wanted, item='ema' if config.optim.ema_decay else 'params')
   if found is None:
     raise JaxlmError(f'{path} has no checkpoint that can be read; let the run go on until its next save.')
   file = Path(path, 'tokenizer', 'tokenizer.json')  # one that came with a folder may put more around a text
   frame = hf.frame(file) if file.exists() else ([], [])
   kept = os.path.join(path, hf.KEPT)
   chosen = _object(kept, 'config.json') | _object(kept, 'generation_config.json')
-  return LM(config, model, found[1], tokenizer, eos=_ends_of(chosen, tokenizer) or None,
+  params = found[1]
+  if delta and base is not None:
+    model, params = reading.unrolled(model, params)
+    params = trees.combine(base.params, params)
+  elif delta:
+    params = trees.combine(adopt.base(config, model, tokenizer), params)
+  return LM(config, model, params, tokenizer, eos=_ends_of(chosen, tokenizer) or None,
             frame=frame if any(frame) else None, prompting=objective.prompt)
 
 

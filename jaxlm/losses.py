@@ -146,6 +146,22 @@ def token_losses(vocabulary: Vocabulary, hidden_BTD: Array, w_VD: Array, b_V: Ar
   return _by_chunk(vocabulary, piece, (), hidden_BTD, targets_BT, jnp.ones(targets_BT.shape, jnp.float32))[1]
 
 
+def token_nll(vocabulary: Vocabulary, hidden_BTD: Array, w_VD: Array, b_V: Array | None, targets_BT: Array) -> Array:
+  """float32 [B, T]: the loss of each target by itself, differentiable, for what is no weighted sum of them.
+
+  Logits exist for a piece of the columns at a time, and again in the backward pass.
+  """
+  w_VD = _matrix(vocabulary, w_VD, hidden_BTD.dtype)
+
+  @jax.checkpoint
+  def piece(carry, inputs):
+    hidden_BTD, targets_BT, _ = inputs
+    logits_BTV = _logits(vocabulary, hidden_BTD, w_VD, b_V)
+    target_BT = jnp.take_along_axis(logits_BTV, targets_BT[..., None], axis=-1)[..., 0]
+    return carry, jax.nn.logsumexp(logits_BTV, axis=-1) - target_BT
+  return _by_chunk(vocabulary, piece, (), hidden_BTD, targets_BT, jnp.ones(targets_BT.shape, jnp.float32))[1]
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def cross_entropy(vocabulary: Vocabulary, hidden_BTD: Array, w_VD: Array, b_V: Array | None, targets_BT: Array,
                   weights_BT: Array) -> tuple[Array, dict[str, Array]]:
@@ -250,7 +266,7 @@ def lm_loss(model: Transformer, vocabulary: Vocabulary, params: Tree, batch: dic
     ahead, sums = cross_entropy(vocabulary, features_BTE, *unembedding, batch['future_targets'][..., i], weights)
     total += ahead
     told[f'loss_{i + 2}_ahead'] = sums['nll'], weights.sum()
-  total += _extra(model, output.aux, weight_B, told)
+  total += extra(model, output.aux, weight_B, told)
   if 'labels' in batch:
     nll_B = -jnp.take_along_axis(jax.nn.log_softmax(output.scores), batch['labels'][:, None], axis=1)[:, 0]
     correct_B = (output.scores.argmax(-1) == batch['labels']).astype(jnp.float32)
@@ -260,7 +276,7 @@ def lm_loss(model: Transformer, vocabulary: Vocabulary, params: Tree, batch: dic
   return total, {'objective': (total, count)} | told
 
 
-def _extra(model: Transformer, aux: dict[str, Array], weight_B: Array, told: Sums) -> Array:
+def extra(model: Transformer, aux: dict[str, Array], weight_B: Array, told: Sums) -> Array:
   """What a mixture's routers add to the loss; each part is told, too."""
   sums = {name: (value_B * weight_B).sum() for name, value_B in aux.items()}
   told |= {name: (value, weight_B.sum()) for name, value in sums.items()}
@@ -314,7 +330,7 @@ def replaced_loss(model: Transformer, vocabulary: Vocabulary, params: Tree, batc
   replaced_BT = (shown_BT != tokens_BT).astype(jnp.float32)
   seen = {k: v for k, v in batch.items() if k != 'target_index'} | {'tokens': shown_BT}
   output = model.apply(variables, seen, rng=rng, with_logits=False)
-  total += _extra(model, output.aux, weight_B, told)
+  total += extra(model, output.aux, weight_B, told)
   scores_BT = output.scores[..., 0]
   nll_BT = optax.sigmoid_binary_cross_entropy(scores_BT, replaced_BT)
   per_row = lambda x_BT: (x_BT * real_BT).sum(1) / jnp.maximum(real_BT.sum(1), 1)

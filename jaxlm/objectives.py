@@ -9,7 +9,7 @@ from typing import Any, Callable
 
 import numpy as np
 
-from jaxlm import masking, middles, orders, pairs, prompts, rows, spans
+from jaxlm import answers, masking, middles, orders, pairs, prompts, rows, spans
 from jaxlm.errors import JaxlmError
 from jaxlm.lookup import lookup
 from jaxlm.rows import Example, Item
@@ -44,6 +44,7 @@ class Objective:
     second: whether an item must have `second`, text of another document.
     covers: every token of the text is predicted once, from what stands before it: the loss is a code length.
     ids: special tokens that it writes.
+    empty: of a task: seq_len -> an item of padding (`answers`), which says what its rows hold; None: it reads text.
   """
   example: Callable[[Item, Any], Example]
   raw_length: Callable[[int], int]
@@ -56,6 +57,7 @@ class Objective:
   second: bool = False
   covers: bool = False
   ids: tuple[int, ...] = ()
+  empty: Callable[[int], Item] | None = None
 
 
 def make(config, vocab) -> Objective:
@@ -77,6 +79,9 @@ def roles(config) -> tuple[str, ...]:
 
 def shapes(objective: Objective, seq_len: int) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
   """(shape of an example, dtype) of each key of a batch, `example_ids` apart; made from a row of padding."""
+  if objective.empty is not None:
+    example = objective.example(objective.empty(seq_len), None)
+    return {key: (np.shape(value), np.asarray(value).dtype) for key, value in example.items()}
   row = np.zeros(objective.raw_length(seq_len), np.int32)
   item = dict(tokens=row, segment_ids=row, positions=row, starts=row > 0, second=row - 1)
   example = objective.example(item, np.random.default_rng(0) if objective.random else None)
@@ -94,6 +99,15 @@ FITS: dict[str, dict[str, str]] = {
     'infilling': dict(decoder='order'), 'permutation': dict(two_stream='order'),
     'masked': dict(encoder='full'), 'replaced': dict(encoder='full'), 'translation': dict(encoder='full'),
     'next_sentence': dict(encoder='full'), 'sentence_order': dict(encoder='full'),
+    **{name: dict(encoder='full', **_LEFT_TO_RIGHT) for name in ('classify', 'multi_label', 'regress', 'tag', 'extract',
+                                                                 'contrast')},
+    'answer': dict(encoder_decoder='causal', **_LEFT_TO_RIGHT), 'prefer': _LEFT_TO_RIGHT,
+}
+
+# objective -> the kinds of task (`data.task`) whose answers it learns
+ANSWERS: dict[str, tuple[str, ...]] = {
+    'classify': ('classify',), 'multi_label': ('multi_label',), 'regress': ('regress',), 'tag': ('tag',),
+    'extract': ('span',), 'contrast': ('retrieve',), 'answer': ('text', 'chat', 'choice'), 'prefer': ('prefer',),
 }
 
 _TWO_LABELS = ('head.num_labels', lambda n: n >= 2, 'at least 2')
@@ -107,6 +121,9 @@ NEEDS: dict[str, tuple[tuple[str, Callable[[Any], bool], str], ...]] = {
     'next_sentence': (('head.labels', lambda name: name == 'sequence', "'sequence'"), _TWO_LABELS, _TWO_TEXTS),
     'sentence_order': (('head.labels', lambda name: name == 'sequence', "'sequence'"), _TWO_LABELS, _TWO_TEXTS),
     'translation': (_TWO_TEXTS,),
+    **{name: (('head.labels', lambda head, wanted=wanted: head == wanted, repr(wanted)),) for name, wanted in (
+        ('classify', 'sequence'), ('multi_label', 'sequence'), ('regress', 'sequence'), ('tag', 'token'),
+        ('extract', 'span'))},
 }
 
 
@@ -143,11 +160,14 @@ def mismatch(config) -> str | None:
     value = functools.reduce(lambda node, part: node[part], path.split('.'), model)
     if not holds(value):
       return f'objective {name!r} needs config.model.{path} to be {wanted}; it is {value!r}.'
-  if name != 'replaced' and not model.head.lm:
+  if name != 'replaced' and not model.head.lm and name not in WITHOUT_WORDS:
     return f'objective {name!r} predicts tokens, so it needs config.model.head.lm to be True.'
   if name != 'multi_token' and model.future_heads:
     return f'objective {name!r} predicts one token at a place; set config.model.future_heads=0, or use multi_token.'
   return _settings_fault(config) or _sentinels_missing(config)
+
+
+WITHOUT_WORDS = ('classify', 'multi_label', 'regress', 'tag', 'extract', 'contrast')  # predict no tokens
 
 
 def _settings_fault(config) -> str | None:
@@ -207,6 +227,85 @@ def fim(config, vocab) -> Objective:
       middles.example, settings=middles.Middles(own.rate, own.spm, *marks, vocab.bos, vocab.eos),
       seq_len=config.seq_len, every=own.every, mask_documents=config.data.mask_documents, filler=vocab.filler)
   return Objective(example, RAW['fim'](config), visibility='causal', overlap=1, ids=marks)
+
+
+# ---- tasks -------------------------------------------------------------------------------------------------------
+
+
+def _empty(seq_len: int, more: int = 0, labels: tuple[int, ...] | None = None, whole: bool = True, source: int = 0) -> Item:
+  """A row of padding, as data makes rows of a task."""
+  row = np.zeros(seq_len + more, np.int32)
+  item = dict(tokens=row, segment_ids=row, marks=row.astype(np.float32), types=row)
+  if labels is not None:
+    item['labels'] = np.zeros(labels, np.int32 if whole else np.float32)
+  if source:
+    item |= dict(source_tokens=np.zeros(source, np.int32), source_segment_ids=np.zeros(source, np.int32))
+  return item
+
+
+def _task(config, example, raw_length=same, loss='lm', **empty) -> Objective:
+  """What objectives of tasks have in common; `empty` says what an item holds."""
+  return Objective(example, raw_length, FITS[config.objective.name].get(kind(config), 'causal'), random=False, loss=loss,
+                   empty=functools.partial(_empty, **empty))
+
+
+def _labels(config, key: str, shape: tuple[int, ...], whole: bool = True) -> Objective:
+  example = functools.partial(answers.labelled, types=config.model.embedding.token_types > 1, key=key)
+  return _task(config, example, loss='labels', labels=shape, whole=whole)
+
+
+def classify(config, vocab) -> Objective:
+  """One of several classes for a text, or for two."""
+  return _labels(config, 'labels', ())
+
+
+def multi_label(config, vocab) -> Objective:
+  """For each label whether a text has it."""
+  return _labels(config, 'label_values', (config.model.head.num_labels,), whole=False)
+
+
+def regress(config, vocab) -> Objective:
+  """A number for a text, or for two."""
+  return _labels(config, 'label_values', (1,), whole=False)
+
+
+def extract(config, vocab) -> Objective:
+  """Where in its context the answer to a question begins and ends."""
+  return _labels(config, 'span_labels', (2,))
+
+
+def tag(config, vocab) -> Objective:
+  """A tag for each word of a text."""
+  return _task(config, functools.partial(answers.tagged, types=config.model.embedding.token_types > 1), loss='labels')
+
+
+def answer(config, vocab) -> Objective:
+  """The answer to a question, the turns of an assistant: tokens, of which those of answers alone count."""
+  if kind(config) == 'encoder_decoder':
+    target = config.objective.answer.target_length or config.seq_len
+    objective = _task(config, functools.partial(answers.translated, start=vocab.decoder_start), source=config.seq_len)
+    return dataclasses.replace(objective, target_length=functools.partial(_fixed, length=target), empty=functools.partial(
+        _empty_pair, target=target), prompt=functools.partial(prompts.asked, question=prompts.bare, together=False,
+                                                              start=vocab.decoder_start))
+  return _task(config, answers.answered, one_more, more=1)
+
+
+def _fixed(seq_len: int, length: int) -> int:
+  return length
+
+
+def _empty_pair(seq_len: int, target: int) -> Item:
+  return _empty(target, source=seq_len)
+
+
+def contrast(config, vocab) -> Objective:
+  """Embeddings of queries near to those of their documents, and far from those of others."""
+  return _task(config, answers.embedded, loss='contrast')
+
+
+def prefer(config, vocab) -> Objective:
+  """The better of two answers."""
+  return _task(config, answers.preferred, one_more, loss='prefer', more=1)
 
 
 # ---- masks -------------------------------------------------------------------------------------------------------
@@ -396,4 +495,6 @@ OBJECTIVES = {
     'causal': causal, 'multi_token': multi_token, 'fim': fim, 'prefix': prefix, 'masked': masked, 'replaced': replaced,
     'translation': translation, 'next_sentence': next_sentence, 'sentence_order': sentence_order,
     'permutation': permutation, 'infilling': infilling, 'span': span, 'ul2': ul2, 'denoising': denoising,
+    'classify': classify, 'multi_label': multi_label, 'regress': regress, 'tag': tag, 'extract': extract,
+    'answer': answer, 'contrast': contrast, 'prefer': prefer,
 }

@@ -247,7 +247,7 @@ def single_token(model: Transformer, params: Tree, rows: int) -> tuple[Transform
   config, attention = model.config, model.config.attention
   size = config.width * attention.num_heads * attention.head_dim
   plain = (config.mixer == 'attention' and config.structure != 'two_stream' and not attention.latent.kv_rank
-           and config.peft.method not in ('lora', 'ia3'))
+           and config.peft.method not in ('lora', 'ia3') and config.peft.base == 'same')
   joined = rows == 1 and plain and size < JOINED and model.layout.mesh.size == 1 and not config.share_layers
   config = dataclasses.replace(config, attention=dataclasses.replace(attention, kernel='dense'), joined=joined)
   return Transformer(config, model.layout), join(params, config) if joined else params

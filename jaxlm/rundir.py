@@ -1,4 +1,5 @@
 """The run directory: what a run is, kept as data, and whether a config may continue it."""
+import copy
 import json
 import os
 import platform
@@ -35,19 +36,23 @@ def group(key: str) -> str:
 GROUPS = tuple(dict.fromkeys(group(key) for key in config_module.KEYS))
 
 
-# Keys that came later: a run that does not have them means their defaults.
+# Keys, and beginnings of keys, that came later: a run that does not have them means their defaults.
 LATER = ('heartbeat_s', 'watchdog_s', 'compiler_options', 'pipeline.microbatches', 'pipeline.repeats', 'pipeline.remat',
-         'sharding.optimizer_rules', 'sharding.offload_optimizer', 'precision.products')
+         'sharding.optimizer_rules', 'sharding.offload_optimizer', 'precision.products', 'model.peft', 'data.task', 'data.template', 'data.stride',
+         'loss.class_weights', 'checkpoint.best_is_highest', 'checkpoint.patience', 'checkpoint.init_step',
+         *(f'objective.{name}' for name in ('classify', 'multi_label', 'regress', 'tag', 'extract', 'answer', 'contrast',
+                                            'prefer')))
 
 
 def completed(values: dict[str, Any]) -> ConfigDict:
   """The config of a config.json, with what an earlier version did not know."""
-  for path in LATER:
+  keys = {path: key.value for path, key in config_module.KEYS.items()} | {path: {} for path in config_module.GROUPS}
+  for path in (path for path in keys if any(path == later or path.startswith(f'{later}.') for later in LATER)):
     *groups, last = path.split('.')
     inside = values
     for name in groups:
       inside = inside.setdefault(name, {})
-    inside.setdefault(last, config_module.KEYS[path].value)
+    inside.setdefault(last, copy.copy(keys[path]))
   rules = values.get('sharding', {}).get('rules', [])
   known = {axis for axis, _ in rules}
   rules += [rule for rule in config_module.KEYS['sharding.rules'].value if rule[0] not in known]

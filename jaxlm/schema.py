@@ -199,7 +199,7 @@ SCHEMA: dict[str, Any] = dict(
             start=Key('vocabulary', choice('vocabulary', 'text', 'normal')),  # prompt: embeddings of drawn ids, of `text`
             text=Key('', text()),
             base=Key('same', choice('same', 'int8', 'nf4')),  # how weights that stay are kept (QLoRA)
-            block=Key(64, at_least(2)),              # of them that share a scale
+            block=Key(64, at_least(4)),              # of them that share a scale
         ),
         init=dict(
             std=Key(0.02, above(0.0)),               # of weights
@@ -264,6 +264,24 @@ SCHEMA: dict[str, Any] = dict(
             delete=Key(0.0, fraction()),             # of tokens, left out without a trace
             rotate=Key(0.0, between(0.0, 1.0)),      # of rows have their documents begin at another token
         ),
+        # Of tasks, data.task:
+        classify=dict(), multi_label=dict(), regress=dict(), tag=dict(), extract=dict(),
+        answer=dict(                                 # tokens of answers
+            target_length=Key(0, at_least(0)),       # columns of an encoder-decoder's answers; 0: seq_len
+        ),
+        contrast=dict(                               # embeddings of queries and documents (Karpukhin et al. 2020)
+            temperature=Key(0.05, above(0.0)),       # cosines are divided by it
+            negatives=Key(0, at_least(0)),           # documents of each query that are not its own, beside those of others
+            dims=Key((), integers(1)),               # also of so many first
+            # dims alone (Kusupati et al. 2022, Matryoshka)
+        ),
+        prefer=dict(                                 # the better of two answers
+            loss=Key('dpo', choice('dpo', 'ipo', 'orpo', 'simpo')),
+            beta=Key(0.1, above(0.0)),               # how strongly the reference holds; of simpo, a scale: 2
+            margin=Key(1.0, at_least(0.0)),          # simpo: by which the better is to be ahead
+            smoothing=Key(0.0, Check('at least 0 and below 0.5', lambda x: 0 <= x < 0.5)),  # dpo: of labels that are wrong
+            odds_weight=Key(0.1, above(0.0)),        # orpo
+        ),
     ),
 
     data=dict(
@@ -292,6 +310,11 @@ SCHEMA: dict[str, Any] = dict(
         store=Key('', text()),                       # folder of token stores; '': the user's cache folder
         holdout=Key(0.01, fraction()),               # of documents, by digest, never trained on
         packing=Key('concatenated', name()),         # concatenated best_fit contiguous padded
+        task=Key('', text()),                        # what is learned in the place of raw text: a key of data/tasks.py,
+        # the path of a JSON file that describes one, or "module:attribute"; '': raw text
+        template=Key('chatml', name()),              # of conversations: chatml gemma llama2 llama3 mistral, or a
+        # Hugging Face folder that has one
+        stride=Key(128, at_least(1)),                # tokens that windows of a long context share, where a span is sought
         mask_documents=Key(True, flag()),            # a token sees its own document only
         shuffle=Key(True, flag()),                   # a new order of documents every epoch
         workers=Key(0, between(0, 256)),             # processes that make batches; 0: a thread
@@ -302,6 +325,8 @@ SCHEMA: dict[str, Any] = dict(
         z_loss=Key(0.0, at_least(0.0)),              # times log²Z, keeps logits small (PaLM: 1e-4)
         label_smoothing=Key(0.0, fraction()),        # of the target's probability, spread over the vocabulary
         chunk=Key(512, at_least(1)),                 # positions of a row whose logits exist at once
+        class_weights=Key((), Check('a tuple of numbers above 0', lambda x: isinstance(x, tuple) and all(
+            is_number(w) and w > 0 for w in x))),    # of tasks with labels: how much an example of each class counts
     ),
 
     optim=dict(
@@ -370,9 +395,13 @@ SCHEMA: dict[str, Any] = dict(
         keep_latest=Key(2, at_least(2)),             # newest ones kept; one may prove damaged, so two at least
         keep_every=Key(0, at_least(0)),              # also every so many steps, for good; 0: none
         keep_best=Key(0, at_least(0)),               # also the best by best_metric; 0: none
-        best_metric=Key('eval/heldout/loss', name()),  # lower is better
+        best_metric=Key('eval/heldout/loss', name()),  # lower is better, unless
+        best_is_highest=Key(False, flag()),
+        patience=Key(0, at_least(0)),                # evaluations without a better one after which the run ends; 0: none
         resume=Key('', text()),                      # run to continue from, state and data position, in a new workdir
-        init_from=Key('', text()),                   # run whose weights this one starts with
+        init_from=Key('', text()),                   # run, or Hugging Face folder, whose weights this one starts with; of
+        # model.peft, the base, which is read again whenever the run is
+        init_step=Key(0, at_least(0)),               # its checkpoint; 0: the newest, and for a delta always that again
     ),
 
     eval=dict(

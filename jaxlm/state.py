@@ -15,6 +15,7 @@ from jaxlm.models import peft, stages
 from jaxlm.models.config import freeze
 from jaxlm.models.transformer import Transformer
 from jaxlm.sharding import Layout
+from jaxlm.task_losses import REFERENCE, needs_reference
 from jaxlm.types import Array, LossScale, TrainState, Tree
 
 FIRST_SCALE = 64.0  # of the sum of losses over a batch: of a mean over 1,000 targets it would be 64,000
@@ -28,6 +29,7 @@ class Shapes:
     state, frozen: as they lie in memory.
     gradients: shardings of the gradients of what is trained.
     saved: the state with frozen parameters among the others and layers in their order, as checkpoints hold it.
+    delta: what is frozen is another run's: a checkpoint holds what is trained alone.
     layers: path of anything in a state -> how many layers are stacked there, 0 for none.
   """
   state: TrainState
@@ -38,6 +40,7 @@ class Shapes:
   make: Callable[[Array], tuple[TrainState, Tree]]
   layers: Callable[[str], int]
   layout: Layout
+  delta: bool
 
   def fresh(self, seed: int) -> tuple[TrainState, Tree]:
     """The state before the first update, made where it is kept; the same on any mesh."""
@@ -46,14 +49,15 @@ class Shapes:
 
   def to_save(self, state: TrainState, frozen: Tree) -> TrainState:
     """The state as checkpoints hold it."""
-    state = whole(state, frozen)
+    state = state if self.delta else whole(state, frozen)
     return self._moved(state, stages.into_layers, self.saved) if self._staged else state
 
   def loaded(self, state: TrainState) -> tuple[TrainState, Tree]:
-    """(the state, frozen parameters) of what a checkpoint held."""
+    """(the state, frozen parameters) of what a checkpoint held; of a delta, nothing that is frozen."""
+    held = {} if self.delta else self.frozen
     if self._staged:
-      state = self._moved(state, stages.into_stages, whole(self.state, self.frozen))
-    state, frozen = split(state, self.frozen)
+      state = self._moved(state, stages.into_stages, whole(self.state, held))
+    state, frozen = split(state, held)
     kept = jax.tree.map(lambda x: x.sharding, self.state.opt_state)
     return state.replace(opt_state=jax.device_put(state.opt_state, kept)), frozen
 
@@ -105,6 +109,8 @@ def init_state(model: Transformer, config: Any) -> Shapes:
   def make(rng):
     made = trees.map_paths(staged, nn.meta.unbox(init(rng)))
     trained, frozen = trees.partition(made, trainable)
+    if needs_reference(config):
+      frozen[REFERENCE] = made
     # float32: a bfloat16 mean would hardly move.
     ema = jax.tree.map(lambda p: p.astype(jnp.float32), trained) if config.optim.ema_decay else None
     scale = LossScale(jnp.float32(FIRST_SCALE), jnp.int32(0)) if model.config.compute_dtype == 'float16' else None
@@ -121,17 +127,19 @@ def init_state(model: Transformer, config: Any) -> Shapes:
     return placed_wide.replace(params=placed(state.params, params, layout)), placed(state.params, params, wider)
 
   shapes, frozen = jax.eval_shape(make, key)
-  state, wide = placed_state(shapes, trees.combine(frozen, shapes.params), layout)
+  laid_out = trees.combine({key: value for key, value in frozen.items() if key != REFERENCE}, shapes.params)
+  state, wide = placed_state(shapes, laid_out, layout)
   if config.sharding.offload_optimizer:
     sharding.check_host_memory(layout.mesh.devices.flat, 'config.sharding.offload_optimizer')
     state = state.replace(opt_state=jax.tree.map(_on_host, state.opt_state))
   if config.model.remat == 'offload':
     sharding.check_host_memory(layout.mesh.devices.flat, "config.model.remat='offload'")
   one = lambda path, x: stages.into_layers(x, n, layout) if (n := layers(path)) else x
-  in_order = jax.eval_shape(lambda state: trees.map_paths(one, state), whole(shapes, frozen))
+  delta = model.config.peft.method != 'none'
+  in_order = jax.eval_shape(lambda state: trees.map_paths(one, state), shapes if delta else whole(shapes, frozen))
   saved, _ = placed_state(in_order, params, _unstaged(layout))
-  return Shapes(state, placed(frozen, trees.combine(frozen, shapes.params), layout),
-                jax.tree.map(lambda x: x.sharding, wide), saved, tx, make, layers, layout)
+  return Shapes(state, placed(frozen, laid_out, layout),
+                jax.tree.map(lambda x: x.sharding, wide), saved, tx, make, layers, layout, delta)
 
 
 def _on_host(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:

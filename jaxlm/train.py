@@ -12,10 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxlm import check, losses, objectives, optim, rundir, sharding, trees
+from jaxlm import adopt, check, losses, objectives, optim, rundir, sharding, task_losses, trees
 from jaxlm.checkpoint import Checkpoints, lock
 from jaxlm.cluster import Watch
-from jaxlm.data import pipeline, plans, store
+from jaxlm.data import examples, pipeline, plans, store
 from jaxlm.errors import JaxlmError, Preempted, RunFailed
 from jaxlm.evaluators import Evaluators
 from jaxlm.journal import Journal, Position, Told, due
@@ -213,8 +213,7 @@ def assemble(config: Any, layout: Layout, vocab: Any) -> Parts:
     stages.check_rows(size // config.accumulation, layout)
   _check_lengths(config, model, lengths)
   shapes = init_state(model, config)
-  vocabulary, loss = losses.vocabulary_of(model, config.loss), losses.LOSSES[objective.loss]
-  loss_fn = lambda params, batch, rng: loss(model, vocabulary, params, batch, rng)
+  loss_fn = task_losses.make(objective.loss, model, config)
   return Parts(objective, model, shapes, loss_fn, make_step(loss_fn, shapes, config),
                batch | {'example_ids': ((), np.dtype(np.int32))}, lengths)
 
@@ -228,10 +227,12 @@ class Run:
     parts = assemble(config, self.layout, vocab)
     self.objective, self.model, self.shapes, self.step_fn = parts.objective, parts.model, parts.shapes, parts.step_fn
     self.lengths, loss_fn = parts.lengths, parts.loss_fn
-    self.stream = plans.Stream(config, self.stores, self.objective, vocab)
     self.arrange = _arrangement(config, self.objective.visibility, self.lengths, self.layout)
-    self.evaluators = Evaluators(config, self.model, self.stores, self.objective, self.tokenizer, loss_fn, self.arrange)
-    keep = {key: config.checkpoint[key] for key in ('keep_latest', 'keep_every', 'keep_best', 'best_metric')}
+    self.stream = (plans.Stream(config, self.stores, self.objective, vocab) if prepared.task is None else
+                   examples.TaskStream(config, prepared.task, self.objective))
+    self.evaluators = Evaluators(config, self.model, prepared, self.objective, loss_fn, self.arrange)
+    keep = {key: config.checkpoint[key] for key in ('keep_latest', 'keep_every', 'keep_best', 'best_metric',
+                                                    'best_is_highest')}
     self.checkpoints = Checkpoints(os.path.join(workdir, 'checkpoints'), **keep)
     sizes = {config.batch_size, *(size for _, size in config.batch_ramp)}
     self.rows = {size: self.layout.host_rows((size, config.seq_len)) for size in sizes}
@@ -247,18 +248,27 @@ class Run:
                          'from.')
     if found is not None:
       step, state, data = found
-      return step, *self.shapes.loaded(state), Position(**data)
+      state, frozen = self.shapes.loaded(state)
+      return step, state, self._begun()[1] if self.shapes.delta else frozen, Position(**data)
+    return 0, *self._begun(), Position()
+
+  def _begun(self) -> tuple[TrainState, Tree]:
+    """(the state before the first update, what is frozen): as drawn, with another run's weights in their places."""
+    config = self.config
     state, frozen = self.shapes.fresh(config.seed)
     if config.checkpoint.init_from:
-      given = _other(config.checkpoint.init_from).restore_params(target.params)
-      if given is None:
-        raise JaxlmError(f'config.checkpoint.init_from: {config.checkpoint.init_from} has no valid checkpoint to take '
-                         'weights from.')
-      loaded = self.shapes.to_save(state, frozen).replace(params=given[1])
-      if state.ema is not None:
-        loaded = loaded.replace(ema=jax.tree.map(lambda p: jnp.array(p, jnp.float32), given[1]))
-      state, frozen = self.shapes.loaded(loaded)
-    return 0, state, frozen, Position()
+      params = adopt.adopted(config.checkpoint.init_from, trees.combine(frozen, state.params), self.model, self.tokenizer,
+                             config.seed, config.checkpoint.init_step)
+    elif self.shapes.delta:
+      params = adopt.begun(trees.combine(frozen, state.params), self.model, self.tokenizer, config.seed)
+    else:
+      return state, frozen
+    trained = trees.flatten(state.params)
+    params, kept = trees.partition(params, trained.__contains__)
+    if state.ema is not None:
+      state = state.replace(ema=jax.tree.map(lambda p, like: jax.device_put(p.astype(jnp.float32), like.sharding), params,
+                                             state.ema))
+    return state.replace(params=params), kept
 
   def rewind(self, bad: Told, position: Position) -> tuple[int, TrainState, Tree, Position]:
     """As `start`, from the newest checkpoint, with the examples from there to the bad batch's end passed over."""
@@ -301,9 +311,10 @@ def run(config: Any, workdir: str, allow_change: Sequence[str] = ()) -> dict[str
   check.validate(config)
   with Signals() as signals, lock(workdir):
     directory = rundir.RunDirectory(workdir)
-    prepared = store.prepare(config, objectives.roles(config))
+    config = adopt.pinned(config, directory.config)
+    prepared = prepare(config)
     parts = Run(config, directory.path, prepared)
-    this = (config, {s.name: s.key for s in prepared.stores}, prepared.tokenizer.digest, allow_change)
+    this = (config, prepared.keys, prepared.tokenizer.digest, allow_change)
     directory.check(*this)
     if config.checkpoint.resume and directory.config is None:
       rundir.RunDirectory(config.checkpoint.resume).check(*this)
@@ -322,6 +333,13 @@ def run(config: Any, workdir: str, allow_change: Sequence[str] = ()) -> dict[str
         except Exception as e:
           watch.blame(e)
           raise
+
+
+def prepare(config: Any) -> store.Prepared | examples.Prepared:
+  """What a config learns from: a task's examples, or the stores of its text."""
+  if config.data.task:
+    return examples.prepare(config, objectives.roles(config), objectives.ANSWERS[config.objective.name])
+  return store.prepare(config, objectives.roles(config))
 
 
 def train(parts: Run, workdir: str, signals: Signals, watch: Watch, step: int, state: TrainState, frozen: Tree,
@@ -360,8 +378,11 @@ def train(parts: Run, workdir: str, signals: Signals, watch: Watch, step: int, s
         continue
       if due(step, config.eval_every) or step == config.steps:
         journal.measure(step, position, state, frozen, lambda: watch.step(step))
-      if due(step, config.save_every) or ending:
+      tired = journal.tired(step, position)
+      if due(step, config.save_every) or ending or tired:
         save()
+      if tired:
+        break
       if stop and step < config.steps:
         checkpoints.wait()
         raise Preempted(f'{signals.received or "another process"} at step {step}; saved in {workdir}. Run the same '

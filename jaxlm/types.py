@@ -45,7 +45,11 @@ BATCH = {
     'future_targets': ('BTP', 'the P tokens after the target, for models with future heads'),
     'future_weights': ('BTP', 'how much each counts'),
     'labels': ('B', 'the class of a row (whether two texts follow each other)'),
-    'label_weights': ('B', 'how much it counts'),
+    'label_weights': ('B', 'how much it counts; of rows with label_values and span_labels, too'),
+    'label_values': ('BC', 'numbers to tell of a row: one, or for each of C labels 1 or 0'),
+    'span_labels': ('B2', 'the first and the last column of an answer; 0 and 0, the first of the row, where there is none'),
+    'token_labels': ('BT', 'the tag of each token'),
+    'token_label_weights': ('BT', 'how much it counts: a word is told by its first piece'),
     'example_ids': ('B', 'row number in the global batch; keys dropout'),
 }
 

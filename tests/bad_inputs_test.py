@@ -204,8 +204,9 @@ CASES = (
     Case('another choice', '--config=tiny.py --config.precision.compute=float8',
          ("config.precision.compute must be text, one of 'float32', 'bfloat16', 'float16'; got 'float8' (str).",)),
     Case('an unknown objective', '--config=tiny.py --config.objective.name=casual',
-         ("config.objective.name: Unknown objective 'casual'. Known: causal, denoising, fim, infilling, masked, "
-          'multi_token, next_sentence, permutation, prefix, replaced, sentence_order, span, translation, ul2; or pass '
+         ("config.objective.name: Unknown objective 'casual'. Known: answer, causal, classify, contrast, "
+          'denoising, extract, fim, infilling, masked, multi_label, multi_token, next_sentence, permutation, '
+          'prefer, prefix, regress, replaced, sentence_order, span, tag, translation, ul2; or pass '
           '"module:attribute". Did you mean \'causal\'?',)),
     Case('an unknown optimizer', '--config=tiny.py --config.optim.name=adam',
          ("config.optim.name: Unknown optimizer 'adam'. Known: adafactor, adagrad, adamw, lamb, lars, lion, muon, "
@@ -514,15 +515,15 @@ CASES = (
          ('config.checkpoint.resume: corpus has no valid checkpoint to continue from.',)),
     Case('a run to begin from without a checkpoint',
          '--config=tiny.py --workdir=runs/new --config.checkpoint.init_from=corpus',
-         ('config.checkpoint.init_from: corpus has no valid checkpoint to take weights from.',)),
+         ('config.checkpoint.init_from: corpus is neither a run directory nor a Hugging Face folder.',)),
     Case('a run to resume whose checkpoint is damaged',
          '--config=tiny.py --workdir=runs/new --config.checkpoint.resume=runs/tiny',
          ('config.checkpoint.resume: runs/tiny has no valid checkpoint to continue from.',),
          damaged),
     Case('a run to begin from of another architecture',
          '--config=tiny.py --workdir=runs/new --config.checkpoint.init_from=runs/tiny --config.model.num_layers=3',
-         ('Checkpoint 2 in {here}/runs/tiny/checkpoints does not fit: {differences} Use the config it was saved '
-          'with, or a new workdir, where config.checkpoint.init_from takes weights of the same shapes alone.',)),
+         ('config.checkpoint.init_from: stack/period/slot_0/attention/key/bias has shape (2, 4, 8) there, (3, 4, 8) '
+          "here; give config.model the base's own shape: config.adopt(config, path) does.",)),
     Case('a run to resume with another optimizer',
          '--config=tiny.py --workdir=runs/new --config.checkpoint.resume=runs/tiny --config.optim.name=sgd',
          ("{here}/runs/tiny holds a run with config.optim.name='adamw', now 'sgd'; go on with --allow_change=optim, "

@@ -12,20 +12,20 @@ ROOT = pathlib.Path(__file__).parents[1]
 # A module imports only what stands above it. Families stand among themselves as their imports ask, in no circle.
 ORDER = """
 errors types lastwords folders cluster lookup hardware hlo liveness ranges schema config trees sums sharding
-rows masking spans orders middles pairs prompts objectives
+rows answers masking spans orders middles pairs prompts objectives
 data.words data.pieces data.tokenizers data.chat data.files data.tables data.tokenfiles data.sources data.stdlib_tasks
-data.shards data.mixtures data.store data.suffixes data.exports data.plans data.pipeline
-measure.scores measure.intervals measure.cell measure.sandbox measure.origins
-models.config models.float8 models.products models.peft models.layers models.virtual models.positions models.kernels models.blocks models.cudnn models.ring models.attention models.stages models.recurrent models.moe
+data.shards data.mixtures data.tasks data.store data.suffixes data.exports data.plans data.examples data.pipeline
+measure.scores measure.intervals measure.cell measure.sandbox measure.origins measure.verdicts
+models.config models.float8 models.quantised models.products models.peft models.layers models.virtual models.positions models.kernels models.blocks models.cudnn models.ring models.attention models.stages models.recurrent models.moe
 models.stack models.transformer models.cost
 families.keys families.bijections families.* families.table
-losses preferences optim metrics seal checkpoint rundir sampling weights gguf transfer hf reading beams speculation decode lm loading evaluators journal
-state check train lint bill search pictures programs
+losses preferences task_losses optim metrics seal checkpoint rundir sampling weights gguf transfer targets adapters hf reading beams speculation decode lm adopt loading harness evaluators journal
+exam state check train lint bill search pictures programs
 speed.shapes speed.ours speed.peers speed.worker speed.machine speed.duel speed.alone
-plan generate main prepare bench convert
+plan generate evaluate main prepare bench convert
 """.split()
 BLIND = {'objectives', 'data', 'models'}  # do not see each other
-PARTS = {'rows', 'masking', 'spans', 'orders', 'middles', 'pairs', 'prompts'}  # of objectives
+PARTS = {'rows', 'answers', 'masking', 'spans', 'orders', 'middles', 'pairs', 'prompts'}  # of objectives
 FORBIDDEN = ('torch', 'transformers', 'tensorflow')
 
 

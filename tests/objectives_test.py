@@ -3,7 +3,7 @@ import pickle
 
 import numpy as np
 import pytest
-from windows import FIRST, PAIRS, VOCAB, config_of, is_text, item_of, make, rng_of, windows
+from windows import FIRST, PAIRS, TEXT, VOCAB, config_of, is_text, item_of, make, rng_of, windows
 
 from jaxlm import check, objectives
 from jaxlm import config as configs
@@ -218,9 +218,11 @@ def test_what_fits_is_said_by_name():
   config = config_of('masked', 'decoder')
   assert objectives.mismatch(config) == (
       "objective 'masked' needs a model of kind encoder; config.model.structure is 'decoder', which fits: causal, "
-      'multi_token, fim, prefix, span, ul2, denoising, infilling.')
+      'multi_token, fim, prefix, span, ul2, denoising, infilling, classify, multi_label, regress, tag, extract, contrast, '
+      'answer, prefer.')
   config = config_of('prefix', 'recurrent')
-  assert objectives.mismatch(config).endswith("is 'decoder' of 'lstm', which fits: causal, multi_token, fim.")
+  assert objectives.mismatch(config).endswith("is 'decoder' of 'lstm', which fits: causal, multi_token, fim, "
+                                                'classify, multi_label, regress, tag, extract, contrast, answer, prefer.')
   config.model.structure = 'encoder'
   assert 'no objective; set config.model.mixer to attention' in objectives.mismatch(config)
   config.objective.name = 'my_lab.ideas:objective'
@@ -228,7 +230,7 @@ def test_what_fits_is_said_by_name():
 
 
 @pytest.mark.parametrize('structure', ['encoder', 'decoder', 'encoder_decoder', 'two_stream'])
-@pytest.mark.parametrize('name', list(objectives.FITS))
+@pytest.mark.parametrize('name', TEXT)
 def test_a_pair_is_refused_unless_it_is_in_the_table(name, structure):
   config = config_of(name, structure)
   config.model.positions.two_dims = name == 'infilling'
@@ -280,7 +282,7 @@ def test_special_tokens_are_those_the_roles_promise(name, kind):
 def test_an_unknown_objective_names_the_known_ones():
   config = configs.default()
   config.objective.name = 'casual'
-  with pytest.raises(JaxlmError, match="Unknown objective 'casual'. Known: causal.*Did you mean 'causal'"):
+  with pytest.raises(JaxlmError, match="Unknown objective 'casual'. Known: answer, causal.*Did you mean 'causal'"):
     objectives.make(config, None)
 
 

@@ -61,7 +61,8 @@ def make(name, kind, seq_len=64, mask_documents=True, **own):
   return objectives.make(config_of(name, kind, seq_len, mask_documents, **own), VOCAB)
 
 
-PAIRS = [(name, kind) for name, kinds in objectives.FITS.items() for kind in kinds]
+TEXT = [name for name in objectives.FITS if name not in objectives.ANSWERS]  # what learns raw text, not a task
+PAIRS = [(name, kind) for name in TEXT for kind in objectives.FITS[name]]
 
 
 def rng_of(number):

@@ -118,7 +118,7 @@ class Template:
     """`render`, and the parts of the text that the template marks as generated.
 
     Raises:
-      JaxlmError: jinja2 is not installed, the template is none of its, or it refuses the messages.
+      JaxlmError: the template is not jinja2, or it refuses the messages.
     """
     compiled = _compiled(self.source)
     messages, tools = _plain(messages, tools)
@@ -158,11 +158,8 @@ def _line(e: Exception) -> str:
 @functools.lru_cache(maxsize=64)
 def _compiled(source: str):
   """The jinja2 template, which can neither change its arguments nor reach beyond them."""
-  try:
-    import jinja2
-    from jinja2 import ext, nodes, sandbox
-  except ImportError as e:
-    raise JaxlmError(f'Chat templates need the package jinja2: pip install "jaxlm[chat]" ({e}).') from e
+  import jinja2
+  from jinja2 import ext, nodes, sandbox
 
   class Generation(ext.Extension):
     """{% generation %} … {% endgeneration %}, a scope of its own as in Hugging Face's renderer."""

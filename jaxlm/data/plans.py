@@ -126,13 +126,13 @@ def best_fit(text: Lengths, permutation: Permutation | None) -> Packed:
   Source: Ding et al. 2024, Fewer Truncations Improve Language Modeling, arXiv:2404.10830.
   """
   document, start, end = _cut_up(text, permutation)
-  bins = _best_fit_bins(end - start, text.raw_length)
+  bins = best_fit_bins(end - start, text.raw_length)
   order = np.argsort(bins, kind='stable')
   offsets = np.concatenate([[0], np.cumsum(np.bincount(bins, minlength=1 if len(bins) else 0))])
   return Packed(document[order], start[order], end[order], offsets)
 
 
-def _best_fit_bins(lengths: np.ndarray, capacity: int) -> np.ndarray:
+def best_fit_bins(lengths: np.ndarray, capacity: int) -> np.ndarray:
   """The bin of each item by best-fit decreasing, whole groups of equal items and equal bins at a time."""
   order = np.argsort(-lengths, kind='stable')
   bins = np.empty(len(lengths), np.int64)

@@ -36,6 +36,16 @@ class Prepared(NamedTuple):
   stores: list[Store]
   tokenizer: Tokenizer
 
+  @property
+  def task(self) -> None:
+    """Text is no task: `examples.prepare` makes what a task has in this one's place."""
+    return None
+
+  @property
+  def keys(self) -> dict[str, str]:
+    """{name: digest} of what is learned from."""
+    return {store.name: store.key for store in self.stores}
+
 
 # ---- writing -----------------------------------------------------------------------------------------------------
 

@@ -144,6 +144,19 @@ def parquet(data, paths: str) -> Source:
   return Source('parquet', names, files, read, 'row', kind == 'tokens')
 
 
+def parquet_records(paths: str, split: str) -> Iterator[tuple[str, dict[str, Any]]]:
+  """(file:row, all columns of it) of each row of Parquet files."""
+  del split
+  for path in matching(paths):
+    with _open_parquet(path) as file, _named_faults(path, 'Parquet file'):
+      yield from _numbered(path, file.iter_batches(ROWS))
+
+
+def _numbered(path: str, batches: Iterator[Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+  rows = (record for batch in batches for record in batch.to_pylist())
+  return ((f'{path}:{number}', record) for number, record in enumerate(rows, 1))
+
+
 # ---- saved Hugging Face datasets ---------------------------------------------------------------------------------
 
 STREAM_END = b'\xff\xff\xff\xff\0\0\0\0'
@@ -221,6 +234,14 @@ def hf_dataset(data, paths: str) -> Source:
     kind = _kind_of(first.schema, data.text_field, files[0])
   read = functools.partial(_stream_rows, field=data.text_field, kind=kind)
   return Source('hf_dataset', names, files, read, 'row', kind == 'tokens')
+
+
+def hf_records(paths: str, split: str) -> Iterator[tuple[str, dict[str, Any]]]:
+  """(file:row, all columns of it) of each row of folders that save_to_disk wrote; of a dict of splits, of this one."""
+  for folder in matching(paths, os.path.isdir):
+    for path in _arrow_files(folder, split):
+      with _open_stream(path) as stream:
+        yield from _numbered(path, stream)
 
 
 # ---- ArrayRecord -------------------------------------------------------------------------------------------------

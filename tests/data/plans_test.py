@@ -137,7 +137,7 @@ def test_best_fit_is_best_fit_decreasing():
   for _ in range(50):
     capacity = int(rng.integers(5, 40))
     lengths = rng.integers(1, capacity + 1, rng.integers(1, 80))
-    bins = plans._best_fit_bins(lengths, capacity)
+    bins = plans.best_fit_bins(lengths, capacity)
     rooms = []  # one item at a time
     for size in sorted(lengths.tolist(), reverse=True):
       fitting = [i for i, room in enumerate(rooms) if room >= size]

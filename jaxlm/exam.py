@@ -1,0 +1,334 @@
+"""What a model is worth at a task: prompts as they are given, its answers, the measure, how sure that is.
+
+Answers do not depend on the batch they were computed in, nor on the order of examples; a measurement that was stopped
+goes on where it was.
+"""
+import dataclasses
+import functools
+import hashlib
+import json
+import os
+from typing import Any, Callable, Sequence
+
+import numpy as np
+from tqdm.auto import tqdm
+
+from jaxlm.data import chat, examples as rows_module
+from jaxlm.data import tasks
+from jaxlm.data.tasks import Example, Task
+from jaxlm.errors import JaxlmError
+from jaxlm.lm import LM
+from jaxlm.lookup import lookup
+from jaxlm.measure import intervals, sandbox, verdicts
+
+CHUNK = 64  # examples between two savings of what has been said
+NORMS = ('sum', 'token', 'byte', 'unconditional')  # of the scores of choices
+HEADS = {'classify': 'sequence', 'multi_label': 'sequence', 'regress': 'sequence', 'tag': 'token', 'span': 'span'}
+
+
+@dataclasses.dataclass(frozen=True)
+class Terms:
+  """How an exam is held; part of its record.
+
+  Attributes:
+    split: whose examples are asked.
+    shots: examples with their answers before each question, drawn from the training split.
+    seed: of that draw, and of intervals.
+    limit: examples, drawn from the split; 0: all.
+    norm: of ranked choices: one of NORMS, the answer's log-probability as it is, by token, by byte, or less its
+      log-probability without the question.
+    batch_size: rows computed at once; changes no answer.
+  """
+  split: str = 'test'
+  shots: int = 0
+  seed: int = 0
+  limit: int = 0
+  norm: str = 'token'
+  batch_size: int = 32
+
+
+# ---- prompts -----------------------------------------------------------------------------------------------------
+
+
+def answer_text(task: Task, example: Example) -> str:
+  """The right answer as text, as it stands behind its question in a prompt."""
+  if task.kind == 'classify':
+    return f' {task.labels[example.target]}'
+  if task.kind == 'choice':
+    return example.choices[example.target]
+  if task.kind == 'span':
+    return f' {example.answers[0] if example.answers else ""}'
+  if task.kind == 'regress':
+    return f' {example.target:g}'
+  return example.target
+
+
+def question_text(task: Task, example: Example) -> str:
+  """What is asked: both texts where there are two."""
+  if task.kind == 'span':
+    return f'{example.second}\n\n{example.input}'
+  return f'{example.input}\n{example.second}' if example.second and task.kind != 'prefer' else example.input
+
+
+def prompt_of(task: Task, example: Example, shots: Sequence[Example]) -> str:
+  """The prompt: the instruction, examples with their answers, the question."""
+  parts = [task.instruction] if task.instruction else []
+  parts += [question_text(task, shot) + answer_text(task, shot) for shot in shots]
+  return task.between.join([*parts, question_text(task, example)])
+
+
+def choose_shots(pool: Sequence[Example], number: int, example: Example, seed: int) -> list[Example]:
+  """Examples for a prompt, another draw for each question, by its id and the seed alone; never the question itself."""
+  if number >= len(pool):
+    raise JaxlmError(f'shots={number}: the training split has {len(pool)} examples, of which the question may be one; ask '
+                     'for fewer.')
+  key = int.from_bytes(hashlib.sha256(example.id.encode()).digest()[:8], 'little')
+  rng = np.random.Generator(np.random.Philox(key=np.array([seed, key], np.uint64)))
+  drawn = (pool[i] for i in rng.choice(len(pool), number + 1, replace=False))
+  return [shot for shot in drawn if shot.id != example.id][:number]
+
+
+# ---- asking ------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Said:
+  """What a model said to one example, as JSON holds it.
+
+  Attributes:
+    id: of the example.
+    prompt: what it was given, exactly.
+    answer: what it said, or chose, or the numbers it gave.
+    row: the example's contribution to the measure, or None where only all together have one.
+  """
+  id: str
+  prompt: Any
+  answer: Any
+  row: list[float] | None = None
+
+
+Asker = Callable[[LM, Task, Sequence[Example], Sequence[str], Terms], list[Any]]
+
+
+def _generated(lm: LM, task: Task, examples: Sequence[Example], prompts: Sequence[str], terms: Terms) -> list[str]:
+  """Greedy continuations, up to a stop."""
+  room = lm.room(prompts)
+  return lm.generate(list(prompts), max_new_tokens=min(task.max_new_tokens, room), stop=task.stop,
+                     batch_size=terms.batch_size)
+
+
+def _ranked(lm: LM, task: Task, examples: Sequence[Example], prompts: Sequence[str], terms: Terms) -> list[int]:
+  """The number of the likeliest answer."""
+  answers = [[f' {label}' for label in task.labels] if task.kind == 'classify' else list(example.choices)
+             for example in examples]
+  flat = [(prompt, answer) for prompt, own in zip(prompts, answers) for answer in own]
+  scores = lm.score(*map(list, zip(*flat)), batch_size=terms.batch_size)
+  values = [_normed(terms.norm, answer, nats, tokens) for (_, answer), (nats, tokens, _) in zip(flat, scores)]
+  if terms.norm == 'unconditional':
+    without = lm.score([''] * len(flat), [answer for _, answer in flat], batch_size=terms.batch_size)
+    values = [value - nats for value, (nats, _, _) in zip(values, without)]
+  ends = np.cumsum([len(own) for own in answers])
+  return [int(np.argmax(part)) for part in np.split(np.array(values), ends[:-1])]
+
+
+def _normed(norm: str, answer: str, nats: float, tokens: int) -> float:
+  if norm not in NORMS:
+    raise JaxlmError(f'norm must be one of {", ".join(NORMS)}; got {norm!r}.')
+  return nats / {'token': max(tokens, 1), 'byte': max(len(answer.encode()), 1)}.get(norm, 1)
+
+
+def _preferred(lm: LM, task: Task, examples: Sequence[Example], prompts: Sequence[str], terms: Terms) -> list[int]:
+  """1 where the better answer is likelier, by token."""
+  pairs = [(prompt, answer) for prompt, example in zip(prompts, examples)
+           for answer in (example.second, example.choices[0])]
+  scores = [nats / max(tokens, 1) for nats, tokens, _ in lm.score(*map(list, zip(*pairs)), batch_size=terms.batch_size)]
+  return [int(a > b) for a, b in zip(scores[::2], scores[1::2])]
+
+
+def _documents(lm: LM, task: Task, examples: Sequence[Example], prompts: Sequence[str], terms: Terms) -> list[list[float]]:
+  """(nats, tokens, bytes) of each text, every token predicted once, from at least half a window before it."""
+  window = lm.model.config.max_length if lm.model.config.positions.kind == 'learned' else lm.config.seq_len
+  contexts, continuations, owner = [], [], []
+  for number, example in enumerate(examples):
+    ids = [*lm.start, *lm.tokenizer.encode(example.input)]
+    begin = len(lm.start)
+    while begin < len(ids):
+      end = min(len(ids), begin + (window - len(lm.front) if begin <= len(lm.start) else window // 2))
+      contexts.append(ids[max(0, end - window + len(lm.front)):begin])
+      continuations.append(ids[begin:end])
+      owner.append(number)
+      begin = end
+  totals = np.zeros((len(examples), 3))
+  for number, (nats, tokens, _) in zip(owner, lm.score(contexts, continuations, batch_size=terms.batch_size)):
+    totals[number, :2] += -nats, tokens
+  totals[:, 2] = [len(example.input.encode()) for example in examples]
+  return totals.tolist()
+
+
+def _answered_chats(lm: LM, task: Task, examples: Sequence[Example], prompts: Sequence[Any], terms: Terms) -> list[str]:
+  """The assistant's last turn, said again."""
+  said = lm.generate([list(ids) for ids in prompts], max_new_tokens=task.max_new_tokens, batch_size=terms.batch_size)
+  return [lm.tokenizer.decode(ids) for ids in said]
+
+
+ASKERS: dict[str, Asker] = {'text': _generated, 'span': _generated, 'classify': _ranked, 'choice': _ranked,
+                            'prefer': _preferred, 'document': _documents, 'chat': _answered_chats}
+
+
+def _by_head(lm: LM, task: Task, examples: Sequence[Example], terms: Terms) -> list[Any]:
+  """What the label head says."""
+  form = rows_module.form_of(lm.config, lm.tokenizer)
+  form = dataclasses.replace(form, front=(), length=form.length - len(form.front))  # the model itself puts them there
+  encoded = rows_module.encode(task, terms.split, form, examples)
+  order = np.argsort(-encoded.lengths, kind='stable')
+  found: dict[int, np.ndarray] = {}
+  for start in range(0, len(order), terms.batch_size):
+    chosen = order[start:start + terms.batch_size]
+    longest = int(encoded.lengths[chosen].max())
+    ids, real = np.zeros((2, len(chosen), longest), np.int32)
+    types = np.zeros_like(ids)
+    for i, row in enumerate(chosen):
+      a, b = encoded.begins[encoded.first[row]], encoded.begins[encoded.first[row + 1]]
+      ids[i, :b - a], real[i, :b - a], types[i, :b - a] = encoded.ids[a:b], 1, encoded.types[a:b]
+    said = np.asarray(lm.scores(ids, mask=real, types=types))
+    found.update(zip(chosen.tolist(), said))
+  widest = max(x.shape[0] for x in found.values())
+  pad = lambda x: np.pad(x, ((0, widest - len(x)), (0, 0)), constant_values=-1e9) if x.ndim == 2 else x
+  scores = np.stack([pad(found[row]) for row in range(len(encoded))])
+  return verdicts.predicted(task, examples, encoded, form, scores)
+
+
+def _retrieved(lm: LM, task: Task, examples: Sequence[Example], terms: Terms) -> list[list[int]]:
+  """Numbers of the documents of all examples, the nearest to each query first."""
+  clip = functools.partial(_clipped, lm)
+  unit = lambda texts: (lambda x: x / np.linalg.norm(x, axis=1, keepdims=True))(
+      lm.embed([clip(text) for text in texts], batch_size=terms.batch_size))
+  cosine = unit([example.input for example in examples]) @ unit([example.second for example in examples]).T
+  return np.argsort(-cosine, axis=1, kind='stable').tolist()
+
+
+def _clipped(lm: LM, text: str) -> list[int]:
+  ids = [*lm.start, *lm.tokenizer.encode(text)]
+  return [*ids[:lm.config.seq_len - len(lm.end) - len(lm.front)], *lm.end]
+
+
+# ---- the exam ----------------------------------------------------------------------------------------------------
+
+
+def judged(task: Task, examples: Sequence[Example], answers: Sequence[Any]) -> tuple[Any, np.ndarray]:
+  """(the measure, each example's row of it) of what a model said."""
+  metric, references = verdicts.metric_of(task), verdicts.references(task, examples)
+  if task.program:
+    make = lookup({}, task.program, 'program of a task')
+    programs = [make(example.record, answer) for example, answer in zip(examples, answers)]
+    return metric, metric.rows([[result.passed] for result in sandbox.run_all(programs)])
+  if task.kind == 'document':
+    return metric, metric.rows([tuple(answer) for answer in answers])
+  if task.kind == 'retrieve':
+    references = [[number] for number in range(len(examples))]
+  if task.kind == 'prefer':
+    references = [1] * len(examples)
+  if task.kind == 'chat':
+    references = [_last_answer(example) for example in examples]
+  if task.kind in ('text', 'chat', 'span'):
+    answers = [answer.strip() if isinstance(answer, str) else answer for answer in answers]
+    references = [x.strip() if isinstance(x, str) else x for x in references]
+  return metric, metric.rows(answers, references)
+
+
+def _last_answer(example: Example) -> str:
+  return next(m['content'] for m in reversed(example.messages) if m['role'] == 'assistant')
+
+
+def hold(lm: LM, task: Task, terms: Terms = Terms(), kept: str = '') -> dict[str, Any]:
+  """Measures a model at a task.
+
+  Args:
+    kept: a file to which what was said is appended, and from which it is taken where it is there; '': none.
+  Returns:
+    {'metrics': {name: number}, 'intervals': {name: (low, high)}, 'examples': number, 'terms', 'said': [Said as dicts]}.
+  Raises:
+    JaxlmError: a task that this model cannot be asked, or a record that does not fit.
+  """
+  asked = list(tasks.examples(task, terms.split))
+  if 0 < terms.limit < len(asked):
+    drawn = np.random.Generator(np.random.Philox(terms.seed)).choice(len(asked), terms.limit, replace=False)
+    asked = [asked[i] for i in sorted(drawn.tolist())]
+  head = HEADS.get(task.kind)
+  if head is not None and lm.model.config.head.labels == head:
+    said = [Said(e.id, question_text(task, e) if task.kind != 'tag' else list(e.words), answer)
+            for e, answer in zip(asked, _by_head(lm, task, asked, terms))]
+  elif task.kind == 'retrieve':
+    orders = _retrieved(lm, task, asked, terms)
+    said = [Said(e.id, e.input, order[:10]) for e, order in zip(asked, orders)]
+  else:
+    said = _asked(lm, task, asked, terms, kept)
+  answers = orders if task.kind == 'retrieve' else [one.answer for one in said]
+  metric, rows = judged(task, asked, answers)
+  found = dict(metrics=metric.total(rows), intervals=intervals.bootstrap(metric, rows, terms.seed), examples=len(asked),
+               terms=dataclasses.asdict(terms))
+  return found | dict(said=[dataclasses.asdict(dataclasses.replace(one, row=row)) for one, row in zip(said, rows.tolist())])
+
+
+def _asked(lm: LM, task: Task, asked: Sequence[Example], terms: Terms, kept: str) -> list[Said]:
+  """Answers to prompts, in chunks; what an earlier exam of the same terms has kept is not asked again."""
+  ask = ASKERS.get(task.kind)
+  if ask is None:
+    raise JaxlmError(f'A task of kind {task.kind!r} needs a model with a label head of kind {HEADS[task.kind]!r} '
+                     f'(config.model.head.labels), fine-tuned for it; this one has {lm.model.config.head.labels!r}.')
+  pool = list(tasks.examples(task, 'train')) if terms.shots else []
+  template = rows_module.template_of(lm.config.data.template) if task.kind == 'chat' else None
+  prompts = [_chat_prompt(lm, template, e) if template else prompt_of(task, e, choose_shots(
+      pool, terms.shots, e, terms.seed) if terms.shots else ()) for e in asked]
+  key = json.dumps([dataclasses.asdict(dataclasses.replace(terms, batch_size=0, limit=0)), dataclasses.asdict(task)],
+                   sort_keys=True, default=str)
+  known = _read_kept(kept, key)
+  # Long ones first: a chunk pads to its longest, and what does not fit into memory shows at once.
+  order = sorted((i for i, e in enumerate(asked) if e.id not in known), key=lambda i: (-len(prompts[i]), i))
+  for start in tqdm(range(0, len(order), CHUNK), unit='chunk', disable=None):
+    chosen = order[start:start + CHUNK]
+    answers = ask(lm, task, [asked[i] for i in chosen], [prompts[i] for i in chosen], terms)
+    for i, answer in zip(chosen, answers):
+      known[asked[i].id] = answer
+    _keep(kept, key, {asked[i].id: known[asked[i].id] for i in chosen})
+  return [Said(e.id, prompt, known[e.id]) for e, prompt in zip(asked, prompts)]
+
+
+def _chat_prompt(lm: LM, template: chat.Template, example: Example) -> list[int]:
+  last = max(i for i, message in enumerate(example.messages) if message['role'] == 'assistant')
+  return chat.prompt_ids(lm.tokenizer, template, list(example.messages[:last]), example.record.get('tools'))
+
+
+def _read_kept(kept: str, key: str) -> dict[str, Any]:
+  """What was said before on the same terms; a torn last line counts nothing."""
+  known: dict[str, Any] = {}
+  if kept and os.path.exists(kept):
+    with open(kept, encoding='utf-8') as file:
+      for line in file:
+        try:
+          record = json.loads(line)
+        except ValueError:
+          continue
+        if record['key'] == key:
+          known |= record['said']
+  return known
+
+
+def _keep(kept: str, key: str, said: dict[str, Any]) -> None:
+  if kept:
+    with open(kept, 'a', encoding='utf-8') as file:
+      file.write(json.dumps(dict(key=key, said=said)) + '\n')
+
+
+def compared(task: Task, found: dict[str, Any], other: dict[str, Any], seed: int) -> dict[str, dict[str, float]]:
+  """{measure: difference to another model's results, its interval and p}, by the same examples.
+
+  Raises:
+    JaxlmError: the other was asked other examples.
+  """
+  rows = {name: {said['id']: said['row'] for said in results['said']} for name, results in (('here', found), ('there', other))}
+  if rows['here'].keys() != rows['there'].keys():
+    raise JaxlmError('The two results are of other examples; measure both with the same split and limit.')
+  paired = intervals.paired(verdicts.metric_of(task), np.array(list(rows['here'].values())),
+                            np.array([rows['there'][id] for id in rows['here']]), seed)
+  return {name: pair._asdict() for name, pair in paired.items()}

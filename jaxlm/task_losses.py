@@ -1,0 +1,157 @@
+"""Losses of tasks: labels of a row, of its tokens, of a span in it; embeddings that belong together; preferred answers."""
+import dataclasses
+import functools
+from typing import Any, Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxlm import losses, trees
+from jaxlm.losses import Sums, Vocabulary
+from jaxlm.models import peft
+from jaxlm.models.transformer import Transformer, pool
+from jaxlm.preferences import PREFERENCES, Pairs, sequence_log_probs
+from jaxlm.types import Array, Tree
+
+REFERENCE = 'reference'  # the folder of frozen parameters that holds the policy training began with
+
+LossFn = Callable[[Tree, dict[str, Array], Array | None], tuple[Array, Sums]]
+
+
+# ---- labels ------------------------------------------------------------------------------------------------------
+
+
+def labels_loss(model: Transformer, config: Any, params: Tree, batch: dict[str, Array],
+                rng: Array | None) -> tuple[Array, Sums]:
+  """Of what the label head says, by what the batch has: a class, numbers, a span, tags.
+
+  The sum is over rows, of tags over words; a class counts config.loss.class_weights.
+  """
+  output = model.apply({'params': params}, batch, rng=rng, with_logits=False)
+  scores, smoothing = output.scores, config.loss.label_smoothing
+  if 'token_labels' in batch:
+    loss, correct, weights = _of_classes(scores, batch['token_labels'], batch['token_label_weights'], config.loss)
+  elif 'labels' in batch:
+    loss, correct, weights = _of_classes(scores, batch['labels'], batch['label_weights'], config.loss)
+  elif 'span_labels' in batch:
+    # Padding is no place for an answer.
+    scores_B2T = jnp.where(batch['segment_ids'][:, None] > 0, jnp.swapaxes(scores, 1, 2), -1e9)
+    each_B2 = optax.softmax_cross_entropy_with_integer_labels(scores_B2T, batch['span_labels'])
+    correct = (scores_B2T.argmax(-1) == batch['span_labels']).all(1).astype(jnp.float32)
+    loss, weights = each_B2.mean(1), batch['label_weights']
+  else:
+    values_BC, weights = batch['label_values'], batch['label_weights']
+    if values_BC.shape[1] == 1:
+      loss, correct = jnp.square(scores - values_BC)[:, 0], None
+    else:
+      wanted_BC = values_BC * (1 - smoothing) + 0.5 * smoothing
+      loss = optax.sigmoid_binary_cross_entropy(scores, wanted_BC).mean(1)
+      correct = ((scores > 0) == (values_BC > 0.5)).mean(1)
+  total, count = (loss * weights).sum(), weights.sum()
+  told = {'loss': (total, count)} | ({} if correct is None else {'accuracy': ((correct * (weights > 0)).sum(),
+                                                                             (weights > 0).sum().astype(jnp.float32))})
+  extra = losses.extra(model, output.aux, batch['label_weights'] if 'label_weights' in batch else weights.sum(1), told)
+  return total + extra, {'objective': (total + extra, count)} | told
+
+
+def _of_classes(scores: Array, labels: Array, weights: Array, settings: Any) -> tuple[Array, Array, Array]:
+  """(loss, 1 where the best class is right, weights with those of classes) of each place, of rows or of tokens."""
+  classes = scores.shape[-1]
+  hot = optax.smooth_labels(jax.nn.one_hot(labels, classes), settings.label_smoothing)
+  if settings.class_weights:
+    weights = weights * jnp.asarray(settings.class_weights, jnp.float32)[labels]
+  return optax.softmax_cross_entropy(scores, hot), (scores.argmax(-1) == labels).astype(jnp.float32), weights
+
+
+# ---- embeddings --------------------------------------------------------------------------------------------------
+
+
+def embeddings(model: Transformer, params: Tree, batch: dict[str, Array], texts: int, rng: Array | None) -> Array:
+  """float32 [B, K, D]: each text of a row by itself, pooled as config.model.head.pool says."""
+  output = model.apply({'params': params}, batch, rng=rng, with_logits=False)
+  of_text = lambda k: pool(output.hidden, jnp.where(batch['segment_ids'] == k + 1, 1, 0), model.config.head.pool)
+  return jnp.stack([of_text(k) for k in range(texts)], axis=1).astype(jnp.float32)
+
+
+def contrast_loss(model: Transformer, config: Any, params: Tree, batch: dict[str, Array],
+                  rng: Array | None) -> tuple[Array, Sums]:
+  """Which document belongs to a query, among those of all queries of the batch, on whatever device they lie.
+
+  Texts of the whole batch meet, so a batch is not cut (accumulation 1). With `dims` also for the first dims alone.
+
+  Source: van den Oord et al. 2018, arXiv:1807.03748, eq. 4; Kusupati et al. 2022, Matryoshka representation learning,
+  arXiv:2205.13147.
+  """
+  settings = config.objective.contrast
+  texts_BKD = embeddings(model, params, batch, 2 + settings.negatives, rng)
+  B, K, D = texts_BKD.shape
+  there_BK = (batch['segment_ids'][:, None] == jnp.arange(1, K + 1)[:, None]).any(-1)
+  weights_B = batch['label_weights']
+  total, correct_B = 0.0, None
+  for dims in (*settings.dims, D):
+    unit_BKD = _unit(texts_BKD[..., :dims])
+    score_BX = jnp.einsum('BD,CKD->BCK', unit_BKD[:, 0], unit_BKD[:, 1:]).reshape(B, -1) / settings.temperature
+    score_BX = jnp.where(there_BK[:, 1:].reshape(-1), score_BX, -1e9)
+    own_B = jnp.arange(B) * (K - 1)
+    nll_B = optax.softmax_cross_entropy_with_integer_labels(score_BX, own_B)
+    total += (nll_B * weights_B).sum() / (len(settings.dims) + 1)
+    correct_B = (score_BX.argmax(-1) == own_B).astype(jnp.float32)
+  count, told = weights_B.sum(), {}
+  told = {'loss': (total, count), 'accuracy': ((correct_B * weights_B).sum(), count)}
+  return total, {'objective': (total, count)} | told
+
+
+def _unit(x: Array) -> Array:
+  return x * jax.lax.rsqrt(jnp.maximum(jnp.square(x).sum(-1, keepdims=True), 1e-12))
+
+
+# ---- preferences -------------------------------------------------------------------------------------------------
+
+
+def prefer_loss(model: Transformer, vocabulary: Vocabulary, config: Any, params: Tree, batch: dict[str, Array],
+                rng: Array | None) -> tuple[Array, Sums]:
+  """The better answer should be likelier than the worse one, as the chosen loss measures it.
+
+  The reference is the frozen copy of the policy at the start; of a delta, the base without it.
+  """
+  settings = config.objective.prefer
+  frozen, params = params.get(REFERENCE), {key: value for key, value in params.items() if key != REFERENCE}
+  policy = _pairs(model, vocabulary, params, batch, rng)
+  preference, reference = PREFERENCES[settings.loss], None
+  if preference.reference:
+    base, kept = model, frozen
+    if kept is None:
+      base = model.clone(config=dataclasses.replace(model.config, peft=type(model.config.peft)()))
+      kept = trees.partition(params, peft.is_delta)[1]
+    reference = jax.lax.stop_gradient(_pairs(base, vocabulary, kept, batch, None))
+  chosen = {'dpo': dict(beta=settings.beta, label_smoothing=settings.smoothing), 'ipo': dict(beta=settings.beta),
+            'orpo': dict(odds_weight=settings.odds_weight), 'simpo': dict(beta=settings.beta, margin=settings.margin)}
+  total, told = preference.loss(policy, reference, batch['label_weights'], **chosen[settings.loss])
+  return total, {'loss': told['objective']} | told
+
+
+def _pairs(model: Transformer, vocabulary: Vocabulary, params: Tree, batch: dict[str, Array], rng: Array | None) -> Pairs:
+  """What a model says of the two texts of each row."""
+  output = model.apply({'params': params}, batch, rng=rng, with_logits=False)
+  unembedding, weights_BT = model.apply({'params': params}, method='unembedding'), batch['loss_weights']
+  nll_BT = losses.token_nll(vocabulary, output.features, *unembedding, batch['targets'])
+  of = lambda text: sequence_log_probs(-nll_BT, jnp.where(batch['segment_ids'] == text, weights_BT, 0))
+  (chosen_B, chosen_lengths_B), (rejected_B, rejected_lengths_B) = of(1), of(2)
+  return Pairs(chosen_B, rejected_B, chosen_lengths_B, rejected_lengths_B)
+
+
+def needs_reference(config: Any) -> bool:
+  """Whether a frozen copy of the parameters at the start must be kept."""
+  return (config.objective.name == 'prefer' and PREFERENCES[config.objective.prefer.loss].reference
+          and config.model.peft.method not in ('lora', 'ia3', 'bottleneck'))
+
+
+def make(name: str, model: Transformer, config: Any) -> LossFn:
+  """The loss of an objective, (parameters, batch, rng) -> (the sum that is differentiated, sums and counts)."""
+  vocabulary = losses.vocabulary_of(model, config.loss)
+  if name in losses.LOSSES:
+    return functools.partial(losses.LOSSES[name], model, vocabulary)
+  return {'labels': functools.partial(labels_loss, model, config),
+          'contrast': functools.partial(contrast_loss, model, config),
+          'prefer': functools.partial(prefer_loss, model, vocabulary, config)}[name]

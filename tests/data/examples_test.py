@@ -1,0 +1,202 @@
+"""Examples of tasks as tokens: what counts, what fits, how rows are packed."""
+import json
+
+import numpy as np
+import pytest
+
+from jaxlm import config as base
+from jaxlm import objectives
+from jaxlm.data import examples, tasks, tokenizers
+from jaxlm.data.tasks import Example, Task
+from jaxlm.errors import JaxlmError
+
+BYTES = tokenizers.bytes_tokenizer()
+BOS, EOS = BYTES.vocab.first, BYTES.vocab.last
+
+
+def form(length=32, **settings):
+  return examples.Form(BYTES, length, template=examples.template_of('chatml'), **settings)
+
+
+def rows(kind, example, **settings):
+  return list(examples.ENCODERS[kind](form(**settings), example))
+
+
+def text(ids):
+  return bytes(i for i in ids if i < 256).decode()
+
+
+def counted(part):
+  """The text whose tokens count, and whether the end token does."""
+  return text([i for i, mark in zip(part.ids, part.marks) if mark == 1]), part.marks[-1] == 1 and part.ids[-1] == EOS
+
+
+def test_only_the_answer_and_its_end_count():
+  (row,) = rows('text', Example('x', 'ask:', target=' say'))
+  assert text(row.parts[0].ids) == 'ask: say' and counted(row.parts[0]) == (' say', True)
+  assert row.parts[0].ids[0] == BOS and row.parts[0].ids[-1] == EOS
+
+
+def test_a_long_question_loses_its_beginning_and_never_the_answer():
+  (row,) = rows('text', Example('x', '0123456789' * 5, target='answer'), length=16)
+  assert len(row.parts[0].ids) == 16 and text(row.parts[0].ids) == '23456789' + 'answer' [:6] and counted(
+      row.parts[0])[0] == 'answer'
+
+
+def test_an_answer_that_does_not_fit_is_told():
+  with pytest.raises(JaxlmError, match=r'f.jsonl:7: the target has 41 tokens, the window has room for 15; make config.seq_len'):
+    rows('text', Example('f.jsonl:7', 'a', target='x' * 40), length=16)
+  with pytest.raises(JaxlmError, match='make config.objective.answer.target_length longer'):
+    rows('text', Example('f.jsonl:7', 'a', target='x' * 40), length=16, target=8)
+
+
+def test_two_texts_are_cut_where_the_longer_one_ends():
+  (row,) = rows('classify', Example('x', 'a' * 30, 'b' * 5, target=3), length=16)
+  part = row.parts[0]
+  assert text(part.ids) == 'a' * 8 + 'b' * 5 and part.types == [0] * 10 + [1] * 6 and row.labels == 3
+
+
+def test_words_have_their_tag_at_the_first_piece():
+  (row,) = rows('tag', Example('x', words=('ab', 'c', 'def'), target=(2, 0, 1)))
+  part = row.parts[0]
+  assert text(part.ids) == 'ab c def'
+  assert part.marks == [-1, 2, -1, 0, -1, 1, -1, -1, -1, -1]
+  (short,) = rows('tag', Example('x', words=('ab', 'c', 'def'), target=(2, 0, 1)), length=6)
+  assert [m for m in short.parts[0].marks if m >= 0] == [2, 0]
+
+
+@pytest.mark.parametrize('length', [24, 40, 200])
+def test_every_window_of_a_context_says_where_the_answer_is_and_some_window_has_it(length):
+  context = ' '.join(f'w{i}' for i in range(20))
+  start = context.index('w13')
+  found = rows('span', Example('x', 'q?', context, target=(start, start + 3), answers=('w13',)), length=length, stride=6)
+  answers = []
+  covered = set()
+  for row in found:
+    ids, (column, first) = row.parts[0].ids, row.place
+    inside = ids[column:-1]
+    assert text(inside) == context[first:first + len(inside)] and len(ids) <= length
+    covered |= set(range(first, first + len(inside)))
+    a, b = row.labels
+    answers.append(text(ids[a:b + 1]) if a else None)
+  assert 'w13' in answers and set(answers) <= {'w13', None} and covered == set(range(len(context)))
+  (whole,) = rows('span', Example('x', 'q?', 'none', target=(-1, -1)))
+  assert whole.labels.tolist() == [0, 0]
+
+
+def test_of_a_conversation_the_assistants_turns_count_and_the_last_are_left_out_until_it_fits():
+  turns = [dict(role=role, content=content) for role, content in (
+      ('user', 'hi'), ('assistant', 'yo'), ('user', 'and?'), ('assistant', 'so'))]
+  (row,) = rows('chat', Example('x', messages=tuple(turns)), length=400)
+  assert counted(row.parts[0])[0] == 'yo<|im_end|>so<|im_end|>'
+  (row,) = rows('chat', Example('x', messages=tuple(turns)), length=len(row.parts[0].ids) - 1)
+  assert counted(row.parts[0])[0] == 'yo<|im_end|>'
+  with pytest.raises(JaxlmError, match='f:3: not even the first answer fits into 10 tokens'):
+    rows('chat', Example('f:3', messages=tuple(turns)), length=10)
+  with pytest.raises(JaxlmError, match=r'f:3: '):
+    rows('chat', Example('f:3', messages=tuple(turns[1:])), length=400)
+
+
+def test_virtual_tokens_stand_before_every_text_and_never_count():
+  front = (300, 301)
+  for kind, example in (('text', Example('x', 'a', target='b')), ('classify', Example('x', 'a', target=0)),
+                        ('retrieve', Example('x', 'a', 'b')), ('prefer', Example('x', 'a', 'b', choices=('c',)))):
+    (row,) = rows(kind, example, front=front)
+    for part in row.parts:
+      assert tuple(part.ids[:2]) == front and part.ids[2] == BOS and part.marks[:3] == [0, 0, 0]
+  (row,) = rows('text', Example('x', 'a', target='b'), front=front, target=8)
+  assert tuple(row.parts[0].ids[:2]) == front and row.parts[1].ids == [ord('b'), EOS]
+
+
+# ---- streams -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def config(tmp_path):
+  given = base.smoke(base.default())
+  given.objective.name = 'answer'
+  given.data.update(packing='best_fit', task=str(tmp_path / 'task.json'))
+  rng = np.random.default_rng(0)
+  letters = lambda n: ''.join(rng.choice(list('abcdef'), n))
+  lines = [json.dumps(dict(q=letters(rng.integers(1, 20)), a=letters(rng.integers(1, 12)))) for _ in range(300)]
+  (tmp_path / 'all.jsonl').write_text('\n'.join(lines), encoding='utf-8')
+  (tmp_path / 'task.json').write_text(json.dumps(dict(
+      kind='text', input='{{ q }}', target='{{ a }}', files={'train': str(tmp_path / 'all.jsonl')})), encoding='utf-8')
+  return given
+
+
+def stream_of(config):
+  data = examples.prepare(config)
+  objective = objectives.make(config, data.tokenizer.vocab)
+  return data.task, examples.TaskStream(config, data.task, objective)
+
+
+def said(batch):
+  """(question, answer) of every text of a batch, by what counts."""
+  found = []
+  for row in range(len(batch['tokens'])):
+    for segment in range(1, batch['segment_ids'][row].max() + 1):
+      here = batch['segment_ids'][row] == segment
+      ids, counts = batch['tokens'][row][here], batch['loss_weights'][row][here] > 0
+      assert (batch['positions'][row][here] == np.arange(here.sum())).all()
+      found.append((text(ids[:counts.argmax() + 1]), text(batch['targets'][row][here][counts])))
+  return found
+
+
+def test_packed_rows_hold_every_example_once_an_epoch_and_are_nearly_full(config):
+  data, stream = stream_of(config)
+  want = sorted((e.input, e.target) for e in tasks.examples(tasks.make(config.data.task), 'train'))
+  for epoch in range(2):
+    numbers = epoch * len(stream.groups) + np.arange(len(stream.groups))
+    assert sorted(said(stream.examples(numbers))) == want
+  assert stream.filled > 0.97
+  assert len(stream.groups) < len(data.train) / 2
+
+
+def test_a_row_depends_on_its_number_alone(config):
+  _, stream = stream_of(config)
+  numbers = np.array([3, 1000, 7])
+  together = stream.examples(numbers)
+  for i, number in enumerate(numbers):
+    for key, value in stream.examples(np.array([number])).items():
+      np.testing.assert_array_equal(value[0], together[key][i])
+
+
+def test_an_encoder_reads_questions_and_a_decoder_their_answers(config):
+  config.model.structure = 'encoder_decoder'
+  config.objective.answer.target_length = 24
+  _, stream = stream_of(config)
+  batch = stream.examples(np.arange(len(stream.groups)))
+  found = []
+  for row in range(len(batch['tokens'])):
+    for segment in range(1, batch['segment_ids'][row].max() + 1):
+      source = batch['source_tokens'][row][batch['source_segment_ids'][row] == segment]
+      here = batch['segment_ids'][row] == segment
+      targets = batch['targets'][row][here]
+      assert batch['loss_weights'][row][here].all() and targets[-1] == EOS
+      np.testing.assert_array_equal(batch['tokens'][row][here][1:], targets[:-1])
+      assert batch['tokens'][row][here][0] == BYTES.vocab.decoder_start
+      found.append((text(source), text(targets)))
+  assert sorted(found) == sorted((e.input, e.target) for e in tasks.examples(tasks.make(config.data.task), 'train'))
+
+
+def test_validation_holds_every_row_once_and_padding_counts_nothing(config):
+  config.eval.batch_size = 7
+  data, _ = stream_of(config)
+  batches = list(examples.TaskBatches(config, data, objectives.make(config, BYTES.vocab), lambda size: (0, size)))
+  assert {len(b['tokens']) for b in batches} == {7}
+  found = [pair for batch in batches for pair in said(batch)]
+  assert found == [(e.input, e.target) for e in data.examples]
+  assert sum(b['loss_weights'].sum() for b in batches) == sum(len(e.target) + 1 for e in data.examples)
+
+
+def test_another_number_of_labels_is_told(config, tmp_path):
+  config.objective.name, config.data.task = 'classify', 'module'
+  config.model.head.update(labels='sequence', num_labels=3)
+  with pytest.raises(JaxlmError, match=r"head.num_labels=3, but task 'module' has 20 labels; set it to 20"):
+    examples.prepare(config)
+
+
+def test_a_template_that_is_none_is_told(config):
+  with pytest.raises(JaxlmError, match="config.data.template='nothing' is neither a built-in template"):
+    examples.template_of('nothing')

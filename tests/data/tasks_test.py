@@ -1,0 +1,142 @@
+"""Tasks: what is read of records, and what is told of those that do not fit."""
+import json
+
+import pytest
+
+from jaxlm.data import tasks
+from jaxlm.data.tasks import Task
+from jaxlm.errors import JaxlmError
+
+
+def written(folder, records, name='train.jsonl'):
+  path = folder / name
+  path.write_text(''.join(r if isinstance(r, str) else json.dumps(r) + '\n' for r in records), encoding='utf-8')
+  return str(path)
+
+
+def of(folder, kind, records, split='train', **settings):
+  task = Task(kind, files={split: written(folder, records)}, **settings)
+  return list(tasks.examples(tasks.named_labels(task), split))
+
+
+def test_a_class_is_a_name_or_its_number(tmp_path):
+  found = of(tmp_path, 'classify', [dict(text='a', label='no'), dict(text='b', label=1)], labels=('no', 'yes'))
+  assert [(e.input, e.target) for e in found] == [('a', 0), ('b', 1)]
+  assert found[1].id == f'{tmp_path}/train.jsonl:2'
+
+
+def test_labels_that_are_not_given_are_those_of_the_training_split(tmp_path):
+  task = Task('classify', files={'train': written(tmp_path, [dict(text='a', label=x) for x in 'cab'])}, held_out=0)
+  assert tasks.named_labels(task).labels == ('a', 'b', 'c')
+
+
+def test_every_kind_reads_its_fields(tmp_path):
+  one = lambda kind, record, **settings: of(tmp_path, kind, [record], **settings)[0]
+  assert one('multi_label', dict(text='a', labels=['x', 'z']), labels=('x', 'y', 'z')).target == (1, 0, 1)
+  assert one('regress', dict(text='a', label='2.5')).target == 2.5
+  assert one('tag', dict(words=['a', 'b'], ner=['O', 'B-X']), labels=('O', 'B-X'), fields={'tags': 'ner'}).target == (0, 1)
+  span = one('span', dict(q='who?', c='it is Ann', answers=dict(text=['Ann'], answer_start=[6])), input='{{ q }}',
+             second='{{ c }}')
+  assert span.target == (6, 9) and span.answers == ('Ann',)
+  none = one('span', dict(q='who?', c='it is Ann', answers=dict(text=[], answer_start=[])), input='{{ q }}', second='{{ c }}')
+  assert none.target == (-1, -1)
+  assert one('text', dict(text='a', label='b'), target=' {{ label }}').target == ' b'
+  assert one('choice', dict(text='a', choices=['x', 'y'], label='y')).target == 1
+  assert one('retrieve', dict(text='a', doc='b', negatives=['c']), second='{{ doc }}').choices == ('c',)
+  assert one('prefer', dict(text='a', good='b', rejected='c'), second='{{ good }}').choices == ('c',)
+  assert one('chat', dict(messages=[dict(role='user', content='hi')])).messages[0]['content'] == 'hi'
+
+
+BROKEN = '{"text": "a", "label": '
+FAULTS = {
+    'a missing field': ('classify', [dict(label='no')], {}, r":1: template '{{ text }}': 'text' is undefined; the record has "
+                        "'label'. Mend the record, or the template."),
+    'an unknown label': ('classify', [dict(text='a', label='nay')], {}, r":1: unknown label 'nay'; the task has 'no', 'yes'"),
+    'a label number too high': ('classify', [dict(text='a', label=2)], {}, r":1: unknown label '2'"),
+    'broken JSON': ('classify', [dict(text='a', label='no')] * 3416 + [BROKEN], {}, r':3417: not a line of JSON .*; mend or '
+                    'remove it'),
+    'no object': ('classify', ['[1]\n'], {}, r':1: wanted a JSON object, got list'),
+    'words without tags': ('tag', [dict(words=['a', 'b'], tags=['no'])], {}, r':1: 2 words and 1 tags'),
+    'no number': ('regress', [dict(text='a', label='much')], {}, r":1: target wants a finite number, got 'much'"),
+    'an answer that is not there': ('span', [dict(text='q', label='c', answer='Ann', start=0)], dict(second='it is Ann'),
+                                    r":1: the context has 'it ' at 0, not the answer 'Ann'"),
+    'a choice that is none': ('choice', [dict(text='a', choices=['x'], label='y')], {}, r":1: target 'y' is none of the 1 "),
+    'an empty target': ('text', [dict(text='a', label=' ')], {}, ':1: the target is empty'),
+    'choices that are no list': ('choice', [dict(text='a', choices='xy', label='x')], {}, r":1: field 'choices' wants a list of "
+                                 "texts, got 'xy'"),
+    'a template that is none': ('classify', [dict(text='a', label='no')], dict(input='{{ text'), 'Template .*'),
+}
+
+
+@pytest.mark.parametrize('name', FAULTS)
+def test_a_record_that_does_not_fit_is_told_with_its_file_and_line(name, tmp_path):
+  kind, records, settings, told = FAULTS[name]
+  with pytest.raises(JaxlmError, match=told) as e:
+    of(tmp_path, kind, records, **dict(labels=('no', 'yes'), **settings))
+  assert '\n' not in str(e.value)
+  if told.startswith(':'):
+    assert str(e.value).startswith(f'{tmp_path}/train.jsonl:')
+
+
+def test_an_empty_split_is_told(tmp_path):
+  task = Task('text', files={'train': written(tmp_path, []), 'test': written(tmp_path, [], 'test.jsonl')})
+  with pytest.raises(JaxlmError, match="Split 'test' of the task is empty: .*test.jsonl gives no record"):
+    list(tasks.examples(task, 'test'))
+  with pytest.raises(JaxlmError, match="no files of split 'test' and none of 'train'"):
+    list(tasks.examples(Task('text'), 'test'))
+  with pytest.raises(JaxlmError, match="splits train, validation, test; got 'dev'"):
+    list(tasks.examples(task, 'dev'))
+
+
+def test_splits_without_files_are_held_out_of_the_training_files_wherever_those_lie(tmp_path):
+  records = [dict(text=str(i), label='x') for i in range(400)]
+  found = []
+  for folder in (tmp_path / 'a', tmp_path / 'b'):
+    folder.mkdir()
+    task = Task('classify', files={'train': written(folder, records)}, labels=('x',))
+    found.append([{e.input for e in tasks.examples(task, split)} for split in tasks.SPLITS])
+  train, validation, test = found[0]
+  assert found[0] == found[1] and not train & validation and not train & test and not validation & test
+  assert len(train | validation | test) == 400 and 20 < len(test) < 60 and 20 < len(validation) < 60
+  own = Task('classify', files={'train': task.files['train'], 'test': task.files['train'], 'validation': task.files['train']},
+             labels=('x',))
+  assert all(len(list(tasks.examples(own, split))) == 400 for split in tasks.SPLITS)
+
+
+def test_tables_and_columns_are_read(tmp_path):
+  (tmp_path / 'x.tsv').write_text('text\tlabel\na b\t1\n', encoding='utf-8')
+  task = Task('classify', 'tsv', files={'train': str(tmp_path / 'x.tsv')}, labels=('no', 'yes'), held_out=0)
+  assert [(e.input, e.target, e.id[-8:]) for e in tasks.examples(task, 'train')] == [('a b', 1, 'x.tsv:2'.rjust(8, '/'))]
+  (tmp_path / 'x.tsv').write_text('text\tlabel\na b\n', encoding='utf-8')
+  with pytest.raises(JaxlmError, match='x.tsv:2: wanted 2 columns'):
+    list(tasks.examples(task, 'train'))
+
+
+def test_parquet_and_saved_datasets_are_read(tmp_path):
+  pyarrow = pytest.importorskip('pyarrow')
+  import pyarrow.parquet
+  table = pyarrow.table(dict(text=['a', 'b'], label=[1, 0]))
+  pyarrow.parquet.write_table(table, tmp_path / 'x.parquet')
+  task = Task('classify', 'parquet', files={'train': str(tmp_path / '*.parquet')}, labels=('no', 'yes'), held_out=0)
+  assert [(e.input, e.target) for e in tasks.examples(task, 'train')] == [('a', 1), ('b', 0)]
+
+
+def test_a_task_is_described_by_a_file(tmp_path):
+  path = tmp_path / 'mine.json'
+  values = dict(kind='text', files={'train': 'x.jsonl'}, stop=['\n'], max_new_tokens=5)
+  path.write_text(json.dumps(values), encoding='utf-8')
+  assert tasks.make(str(path)) == Task('text', files={'train': 'x.jsonl'}, stop=('\n',), max_new_tokens=5)
+  for change, told in ((dict(kind='guess'), "Unknown kind of task 'guess'"), (dict(stopp=[]), "unknown key 'stopp'.*stop"),
+                       (dict(stop='x'), "stop wants list, got 'x'")):
+    path.write_text(json.dumps(values | change), encoding='utf-8')
+    with pytest.raises(JaxlmError, match=told):
+      tasks.make(str(path))
+  with pytest.raises(JaxlmError, match='is no task that can be read'):
+    tasks.make(str(tmp_path / 'other.json'))
+  with pytest.raises(JaxlmError, match="Unknown task 'modules'.*Did you mean 'module'"):
+    tasks.make('modules')
+
+
+def test_templates_cannot_reach_beyond_their_record(tmp_path):
+  with pytest.raises(JaxlmError, match='unsafe'):
+    of(tmp_path, 'text', [dict(text='a', label='b')], input='{{ text.__class__.__mro__ }}')

@@ -1,0 +1,263 @@
+"""Adapting a trained model: what is trained and saved, what stays, on any mesh, and what a loaded delta computes."""
+import json
+
+import jax
+import numpy as np
+import pytest
+
+import jaxlm
+from jaxlm import checkpoint, sharding, train, trees
+from jaxlm import config as base
+from jaxlm.errors import JaxlmError, Preempted
+from jaxlm.metrics import read_jsonl
+from jaxlm.models import peft
+
+QUESTIONS = 'abcdefgh'
+
+
+@pytest.fixture(autouse=True, scope='module')
+def few_devices():
+  """A mesh takes the first so many of the eight devices."""
+  make = sharding.make_mesh
+  take = lambda sizes: jax.devices()[:max(1, int(np.prod([n for n in dict(sizes).values() if n > 0])))]
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(sharding, 'make_mesh', lambda sizes, devices=None: make(sizes, devices or take(sizes)))
+    yield
+
+
+def task(folder, kind, records, **settings):
+  (folder / f'{kind}.jsonl').write_text('\n'.join(map(json.dumps, records)), encoding='utf-8')
+  files = {split: str(folder / f'{kind}.jsonl') for split in ('train', 'validation', 'test')}
+  (folder / f'{kind}.json').write_text(json.dumps(dict(kind=kind, files=files, **settings)), encoding='utf-8')
+  return str(folder / f'{kind}.json')
+
+
+@pytest.fixture(scope='module')
+def world(tmp_path_factory, few_devices):
+  """A folder with tasks that can be learned by heart, and runs of a decoder and an encoder to start from."""
+  folder = tmp_path_factory.mktemp('world')
+  letters = [(a, b) for a in QUESTIONS for b in QUESTIONS]
+  tasks = {
+      'text': task(folder, 'text', [dict(q=f'{a}{b}:', a=b + a) for a, b in letters], input='{{ q }}', target='{{ a }}'),
+      'classify': task(folder, 'classify', [dict(text=a + b, label=f'is {a}') for a, b in letters]),
+      'regress': task(folder, 'regress', [dict(text=a + b, label=str(ord(a) - 97)) for a, b in letters]),
+      'multi_label': task(folder, 'multi_label', [dict(text=a + b, labels=sorted({a, b})) for a, b in letters]),
+      'tag': task(folder, 'tag', [dict(words=[a, b], tags=['B-A' if x < 'd' else 'O' for x in (a, b)]) for a, b in letters]),
+      'span': task(folder, 'span', [dict(text=a, context=f'{b}{b} {a}!', answer=f'{a}!', start=3) for a, b in letters],
+                   second='{{ context }}'),
+      'retrieve': task(folder, 'retrieve', [dict(text=a, doc=a + a) for a in QUESTIONS], second='{{ doc }}'),
+      'prefer': task(folder, 'prefer', [dict(text=a, good=b, rejected='z') for a, b in letters], second='{{ good }}'),
+  }
+  runs = {}
+  for name, structure, objective in (('decoder', 'decoder', 'answer'), ('encoder', 'encoder', 'classify')):
+    config = tuned(tasks, objective, 'text' if objective == 'answer' else 'classify', structure=structure)
+    config.steps = 3
+    runs[name] = str(folder / name)
+    train.run(config, runs[name])
+  return tasks, runs
+
+
+def tuned(tasks, objective, name, structure='decoder', start=None, **changes):
+  """A config that learns a task: two layers of width 32, one device."""
+  config = base.smoke(base.default())
+  config.update(steps=6, batch_size=8, seq_len=32, log_every=1, eval_every=3, save_every=3, tensorboard=False)
+  config.model.update(num_layers=2, width=32, vocab_pad_to=64, structure=structure, max_length=48)
+  config.model.mlp.width = 64
+  config.model.attention.update(num_heads=4, num_kv_heads=4, head_dim=8)
+  labels = {'classify': ('sequence', 8), 'regress': ('sequence', 1), 'multi_label': ('sequence', 8), 'tag': ('token', 2),
+            'extract': ('span', 2)}.get(objective)
+  if labels:
+    config.model.head.update(labels=labels[0], num_labels=labels[1], lm=False)
+  config.data.update(task=tasks[name], packing='padded')
+  config.eval.update(batch_size=8, prompts=())
+  config.mesh.update(data=1)
+  config.objective.name = objective
+  config.optim.lr = 1e-2
+  if start:
+    base.adopt(config, start)
+    config.model.head.update(labels=labels[0] if labels else 'none', num_labels=labels[1] if labels else 2)
+  with config.unlocked():
+    config.update_from_flattened_dict(changes)
+  return config
+
+
+def losses(workdir):
+  return [line['train/loss'] for line in read_jsonl(f'{workdir}/metrics.jsonl') if 'train/loss' in line]
+
+
+def evaluated(workdir):
+  return [line['eval/validation/loss'] for line in read_jsonl(f'{workdir}/metrics.jsonl') if 'eval/validation/loss' in line]
+
+
+def saved(workdir, step):
+  folder = checkpoint.Checkpoints(f'{workdir}/checkpoints', read_only=True)
+  return folder.shapes(step)
+
+
+METHODS = {
+    'lora': {'method': 'lora'}, 'dora': {'method': 'lora', 'dora': True, 'stabilised': True}, 'ia3': {'method': 'ia3'},
+    'bottleneck': {'method': 'bottleneck', 'width': 8}, 'bitfit': {'method': 'bitfit'},
+    'prompt': {'method': 'prompt', 'tokens': 3}, 'p_tuning': {'method': 'prompt', 'tokens': 3, 'encoder': 'lstm', 'width': 8},
+    'prefix': {'method': 'prefix', 'tokens': 3, 'encoder': 'mlp', 'width': 8}}
+
+
+def of_method(name):
+  return {f'model.peft.{key}': value for key, value in METHODS[name].items()}
+
+
+@pytest.mark.parametrize('method', METHODS)
+def test_a_delta_alone_is_trained_and_saved_and_the_base_keeps_its_bits(method, world, tmp_path):
+  tasks, runs = world
+  config = tuned(tasks, 'answer', 'text', start=runs['decoder'], **of_method(method))
+  train.run(config, f'{tmp_path}/run')
+  assert np.diff(evaluated(f'{tmp_path}/run')) < 0
+  paths = [p for p in saved(f'{tmp_path}/run', 6) if p not in ('step', 'rng') and not p.endswith('/count')]
+  is_own = lambda p: peft.is_delta(p) or method == 'bitfit' and p.endswith('bias')
+  assert paths and all(map(is_own, paths))
+  one, two = jaxlm.load(runs['decoder']), jaxlm.load(f'{tmp_path}/run')
+  base_, adapted = trees.flatten(one.params), trees.flatten(two.params)
+  for path, x in base_.items():
+    if not is_own(path):
+      np.testing.assert_array_equal(x, adapted[path])
+  shared = jaxlm.load(f'{tmp_path}/run', base=one)
+  ids = np.arange(97, 105)[None]
+  np.testing.assert_array_equal(shared.logits(ids), two.logits(ids))
+  assert trees.flatten(shared.params)['embed/embedding'] is base_['embed/embedding']
+  if method in ('lora', 'dora', 'ia3', 'bitfit'):
+    np.testing.assert_allclose(two.merged().logits(ids), two.logits(ids), atol=1e-5)
+
+
+@pytest.mark.parametrize('method', ['dora', 'prefix', 'bottleneck'])
+def test_a_delta_learns_the_same_on_one_device_and_on_eight(method, world, tmp_path):
+  tasks, runs = world
+  found = []
+  for name, sizes in (('one', {}), ('eight', dict(data=2, fsdp=2, tensor=2))):
+    config = tuned(tasks, 'answer', 'text', start=runs['decoder'], **of_method(method))
+    config.mesh.update(sizes)
+    train.run(config, f'{tmp_path}/{name}')
+    found.append(losses(f'{tmp_path}/{name}'))
+  np.testing.assert_allclose(*found, rtol=1e-5)  # float32 sums in another order
+
+
+def test_a_resumed_delta_ends_bit_for_bit_as_one_that_never_stopped(world, tmp_path, monkeypatch):
+  tasks, runs = world
+  config = tuned(tasks, 'answer', 'text', start=runs['decoder'], **of_method('dora'))
+  train.run(config, f'{tmp_path}/whole')
+  with monkeypatch.context() as patch:
+    calls = iter(range(1, 1000))
+    patch.setattr(train.Signals, 'stop', lambda self, together: next(calls) >= 4)
+    with pytest.raises(Preempted):
+      train.run(config, f'{tmp_path}/parts')
+  train.run(config, f'{tmp_path}/parts')
+  assert losses(f'{tmp_path}/parts') == losses(f'{tmp_path}/whole')
+  read = lambda name: trees.flatten(jaxlm.load(f'{tmp_path}/{name}').params)
+  for path, x in read('whole').items():
+    np.testing.assert_array_equal(x, read('parts')[path])
+
+
+def test_a_delta_stays_beside_the_checkpoint_it_began_with(world, tmp_path):
+  tasks, runs = world
+  config = tuned(tasks, 'answer', 'text')
+  config.update(steps=3)
+  train.run(config, f'{tmp_path}/base')
+  delta = tuned(tasks, 'answer', 'text', start=f'{tmp_path}/base', **of_method('lora'))
+  train.run(delta, f'{tmp_path}/delta')
+  ids = np.arange(97, 105)[None]
+  before = np.asarray(jaxlm.load(f'{tmp_path}/delta').logits(ids))
+  config.steps = 6
+  train.run(config, f'{tmp_path}/base')  # the base goes on; its step 3 is kept
+  np.testing.assert_array_equal(jaxlm.load(f'{tmp_path}/delta').logits(ids), before)
+  (tmp_path / 'base').rename(tmp_path / 'elsewhere')
+  with pytest.raises(JaxlmError, match='holds a delta beside .*base, which is not there; put it back'):
+    jaxlm.load(f'{tmp_path}/delta')
+
+
+OBJECTIVES = {'classify': 'classify', 'regress': 'regress', 'multi_label': 'multi_label', 'tag': 'tag', 'extract': 'span'}
+TOLD = {'classify': 'micro_f1', 'regress': 'pearson', 'multi_label': 'micro_f1', 'tag': 'f1', 'extract': 'exact_match'}
+
+
+@pytest.mark.parametrize('objective', OBJECTIVES)
+def test_an_encoder_with_a_new_head_learns_each_kind_of_label(objective, world, tmp_path):
+  tasks, runs = world
+  config = tuned(tasks, objective, OBJECTIVES[objective], 'encoder', runs['encoder'], steps=60, eval_every=60, save_every=0)
+  if objective == 'classify':
+    config.loss.class_weights = (1.0,) * 8
+  last = train.run(config, f'{tmp_path}/run')
+  assert last[f'eval/validation/{TOLD[objective]}'] > 0.5
+  if objective == 'multi_label':
+    return
+  from jaxlm import exam
+  from jaxlm.data import tasks as tasks_module
+  result = exam.hold(jaxlm.load(f'{tmp_path}/run'), tasks_module.make(config.data.task), exam.Terms(batch_size=5))
+  # The same rows, measured by training's evaluation and by an exam of the saved model.
+  assert result['metrics'][TOLD[objective]] == pytest.approx(last[f'eval/validation/{TOLD[objective]}'], abs=1e-6)
+
+
+@pytest.mark.parametrize('structure', ['encoder', 'decoder'])
+def test_embeddings_of_a_batch_meet_whatever_the_devices(structure, world, tmp_path):
+  tasks, _ = world
+  found = []
+  for name, sizes in (('one', {}), ('eight', dict(data=4, tensor=2))):
+    config = tuned(tasks, 'contrast', 'retrieve', structure, steps=5, **{'model.head.pool': 'mean',
+                                                                       'objective.contrast.dims': (8, 16)})
+    config.mesh.update(sizes)
+    train.run(config, f'{tmp_path}/{name}')
+    found.append(losses(f'{tmp_path}/{name}'))
+  np.testing.assert_allclose(*found, rtol=1e-5, atol=1e-6)  # a loss near 0 is a difference of larger numbers
+  assert found[0][-1] < found[0][0]
+
+
+@pytest.mark.parametrize('loss', ['dpo', 'ipo', 'orpo', 'simpo'])
+@pytest.mark.parametrize('method', ['none', 'lora'])
+def test_preferences_are_learned_beside_a_reference_that_stays(loss, method, world, tmp_path):
+  tasks, runs = world
+  config = tuned(tasks, 'prefer', 'prefer', start=runs['decoder'], **{
+      'objective.prefer.loss': loss, 'model.peft.method': method, 'eval_every': 2, 'steps': 4})
+  train.run(config, f'{tmp_path}/run')
+  lines = [line for line in read_jsonl(f'{tmp_path}/run/metrics.jsonl') if 'train/loss' in line]
+  assert np.diff(evaluated(f'{tmp_path}/run')) < 0
+  if loss == 'dpo':  # the policy begins as its reference
+    assert lines[0]['train/loss'] == pytest.approx(np.log(2), abs=1e-5) and lines[0]['train/margin'] == pytest.approx(0, abs=1e-5)
+  many = tuned(tasks, 'prefer', 'prefer', start=runs['decoder'], accumulation=2, **{
+      'objective.prefer.loss': loss, 'model.peft.method': method, 'eval_every': 2, 'steps': 4})
+  many.mesh.update(data=2, fsdp=2)
+  train.run(many, f'{tmp_path}/many')
+  np.testing.assert_allclose(losses(f'{tmp_path}/many'), losses(f'{tmp_path}/run'), rtol=2e-5, atol=1e-6)
+
+
+def test_training_ends_when_nothing_gets_better_and_the_best_checkpoint_stays(world, tmp_path):
+  tasks, _ = world
+  config = tuned(tasks, 'classify', 'classify', 'encoder', steps=40, eval_every=2, save_every=2, **{
+      'checkpoint.best_metric': 'eval/validation/accuracy', 'checkpoint.best_is_highest': True, 'checkpoint.keep_best': 1,
+      'checkpoint.patience': 2, 'optim.lr': 3.0})  # so high that it is soon worse
+  train.run(config, f'{tmp_path}/run')
+  lines = {line['step']: line['eval/validation/accuracy'] for line in read_jsonl(f'{tmp_path}/run/metrics.jsonl')
+           if 'eval/validation/accuracy' in line}
+  last, best = max(lines), min(step for step, value in lines.items() if value == max(lines.values()))
+  assert last == best + 4 < 40
+  assert best in checkpoint.Checkpoints(f'{tmp_path}/run/checkpoints', read_only=True).steps()
+
+
+def test_a_base_of_another_shape_is_refused_by_name(world, tmp_path):
+  tasks, runs = world
+  for change, told in (({'model.num_layers': 3}, r'has shape \(2, .* there, \(3, .* here'),
+                       ({'model.norm.kind': 'rmsnorm'}, 'which this model lacks'),
+                       ({'model.tie_embeddings': False}, 'lacks head')):
+    config = tuned(tasks, 'answer', 'text', start=runs['decoder'], **change)
+    with pytest.raises(JaxlmError, match=f'config.checkpoint.init_from: .*{told}'):
+      train.run(config, f'{tmp_path}/run')
+
+
+def test_what_a_task_and_an_objective_do_not_share_is_refused(world, tmp_path):
+  tasks, _ = world
+  with pytest.raises(JaxlmError, match="is of kind 'classify', which objective 'answer' does not learn; it "
+                                       'learns text chat choice'):
+    train.run(tuned(tasks, 'answer', 'classify'), f'{tmp_path}/a')
+  with pytest.raises(JaxlmError, match="objective 'causal' learns raw text; set config.objective.name"):
+    train.run(tuned(tasks, 'causal', 'text'), f'{tmp_path}/b')
+  with pytest.raises(JaxlmError, match="objective 'answer' learns a task; set config.data.task"):
+    train.run(tuned(tasks | {'text': ''}, 'answer', 'text'), f'{tmp_path}/c')
+  with pytest.raises(JaxlmError, match='accumulation=2: all texts of a batch meet'):
+    train.run(tuned(tasks, 'contrast', 'retrieve', accumulation=2), f'{tmp_path}/d')
+  with pytest.raises(JaxlmError, match="method='prompt': virtual tokens stand before the texts of a task"):
+    train.run(tuned(tasks | {'text': ''}, 'causal', 'text', **{'model.peft.method': 'prompt'}), f'{tmp_path}/e')
