@@ -58,11 +58,16 @@ def follow(config: ConfigDict, *paths: str) -> None:
     parent[last] = KEYS[path].derive(config)
 
 
-def smoke(config: ConfigDict) -> ConfigDict:
-  """Shrinks any experiment to seconds on a CPU: bytes of the standard library, 4 layers of width 64."""
+def smoke(config: ConfigDict, seq_len: int = 64) -> ConfigDict:
+  """Shrinks any experiment to seconds on a CPU: bytes of the standard library, 4 layers of width 64.
+
+  Args:
+    seq_len: more than 64 where a task's answers need it.
+  """
   config.data.tokenizer = 'bytes'
-  config.update(steps=4, batch_size=16, seq_len=64, log_every=1, eval_every=0, save_every=0)
+  config.update(steps=4, batch_size=16, seq_len=seq_len, log_every=1, eval_every=0, save_every=0)
   config.eval.update(max_tokens=4096, sample_tokens=8)
+  config.data.task_examples = 64
   config.model.vocab_pad_to = 512
   return _shrunk(config, width=64, num_heads=8, num_layers=4)
 
@@ -386,6 +391,26 @@ def from_plain(values: Mapping[str, Any]) -> ConfigDict:
 def loads(text: str) -> ConfigDict:
   """A config from config.json."""
   return from_plain(json.loads(text))
+
+
+def tune(config: ConfigDict, task: str, objective: str, start: str = '') -> ConfigDict:
+  """What adapting a model to a task has in common; without a start, a small new model learns the task alone.
+
+  Args:
+    task: data.task.
+    objective: that learns it.
+    start: a run directory whose weights it begins with.
+  """
+  config.update(steps=600, batch_size=32, seq_len=256, eval_every=100, save_every=100, log_every=20)
+  config.data.update(task=task, packing='best_fit' if objective == 'answer' else 'padded', tokenizer='bpe', vocab_size=4096,
+                     too_long='leave')
+  config.objective.name = objective
+  config.optim.update(lr=5e-4, schedule='linear', warmup_steps=60, final_fraction=0.0, weight_decay=0.01)
+  config.checkpoint.update(best_metric='eval/validation/loss', keep_best=1)
+  config.eval.prompts = ()
+  config.model.update(width=192, num_layers=3, max_length=512)
+  config.model.attention.num_heads = 3
+  return adopt(config, start) if start else config
 
 
 def adopt(config: ConfigDict, path: str) -> ConfigDict:

@@ -2,6 +2,7 @@
 import dataclasses
 import functools
 import hashlib
+import sys
 from typing import Any, Callable, Iterator, NamedTuple, Sequence
 
 import numpy as np
@@ -15,6 +16,10 @@ from jaxlm.data.tokenizers import Tokenizer
 from jaxlm.errors import JaxlmError
 
 NONE = -1  # the tag of a token that has none
+
+
+class TooLong(JaxlmError):
+  """An example does not fit into the window."""
 
 
 class Part(NamedTuple):
@@ -50,6 +55,7 @@ class Form:
     bos, eos: whether a text begins and ends with those.
     template: of conversations.
     stride: tokens that windows of a context share.
+    refuses: whether an example that does not fit is an error; else it is left out.
   """
   tokenizer: Tokenizer
   length: int
@@ -59,6 +65,7 @@ class Form:
   eos: bool = True
   template: chat.Template | None = None
   stride: int = 128
+  refuses: bool = True
 
   @property
   def begin(self) -> list[int]:
@@ -82,7 +89,7 @@ def _joined(*parts: Part) -> Part:
 def _fitting(example: Example, room: int) -> int:
   """Raises JaxlmError where there is no room for what must be there."""
   if room < 1:
-    raise JaxlmError(f'{example.id}: no room is left for the question in this window; make config.seq_len longer.')
+    raise TooLong(f'{example.id}: no room is left for the question in this window; make config.seq_len longer.')
   return room
 
 
@@ -148,7 +155,7 @@ def _text(form: Form, example: Example, answer: str) -> Row:
   target = [*form.tokenizer.encode(answer), *form.end]
   room = form.target or form.length - len(form.begin)
   if len(target) > room:
-    raise JaxlmError(f'{example.id}: the target has {len(target)} tokens, the window has room for {room}; make '
+    raise TooLong(f'{example.id}: the target has {len(target)} tokens, the window has room for {room}; make '
                      f'config.{"objective.answer.target_length" if form.target else "seq_len"} longer, or leave the record out.')
   if form.target:
     begin, end = form.begin, form.end
@@ -180,7 +187,7 @@ def _conversation(form: Form, example: Example) -> Iterator[Row]:
       return
     answers = [i for i, message in enumerate(messages[:-1]) if message['role'] == 'assistant']
     messages = messages[:answers[-1] + 1] if answers else []
-  raise JaxlmError(f'{example.id}: not even the first answer fits into {form.length} tokens; make config.seq_len longer, '
+  raise TooLong(f'{example.id}: not even the first answer fits into {form.length} tokens; make config.seq_len longer, '
                    'or leave the record out.')
 
 
@@ -211,7 +218,8 @@ def form_of(config: Any, tokenizer: Tokenizer) -> Form:
   if config.model.structure == 'encoder_decoder' and config.objective.name == 'answer':
     target = config.objective.answer.target_length or length
   left_to_right = config.objective.name in ('answer', 'prefer') and not target
-  return Form(tokenizer, length + left_to_right, target, front, data.bos, data.eos, template_of(data.template), data.stride)
+  return Form(tokenizer, length + left_to_right, target, front, data.bos, data.eos, template_of(data.template), data.stride,
+              data.too_long == 'refuse')
 
 
 def template_of(name: str) -> chat.Template:
@@ -276,8 +284,15 @@ def encode(task: Task, split: str, form: Form, examples: Sequence[Example] | Non
   make = ENCODERS[task.kind]
   examples = tasks.examples(task, split) if examples is None else examples
   ids, marks, types, lengths, counts, labels, record, places = [], [], [], [], [], [], [], []
+  left_out = 0
   for number, example in enumerate(tqdm(examples, desc=f'encoding {split}', unit='examples', disable=None)):
-    for row in make(form, example):
+    try:
+      found = list(make(form, example))
+    except TooLong:
+      if form.refuses:
+        raise
+      found, left_out = [], left_out + 1
+    for row in found:
       for part in row.parts:
         ids.append(np.array(part.ids, np.int32))
         marks.append(np.array(part.marks, np.float32))
@@ -288,6 +303,11 @@ def encode(task: Task, split: str, form: Form, examples: Sequence[Example] | Non
       places.append(row.place)
       if row.labels is not None:
         labels.append(row.labels)
+  if not counts:
+    raise JaxlmError(f'No example of split {split!r} fits into a window of {form.length} tokens; make config.seq_len longer.')
+  if left_out:
+    tqdm.write(f'{split}: {left_out} of {number + 1} examples do not fit into {form.length} tokens and are left out '
+               '(config.data.too_long).', file=sys.stderr)
   sums = lambda x: np.concatenate([[0], np.cumsum(x, dtype=np.int64)])
   return Encoded(np.concatenate(ids), np.concatenate(marks), np.concatenate(types), sums(lengths), sums(counts),
                  np.stack(labels) if labels else None, np.array(record, np.int32),
@@ -398,8 +418,18 @@ def prepare(config: Any, roles: Sequence[str] = (), kinds: Sequence[str] = tuple
   if heads and config.model.head.num_labels != heads:
     raise JaxlmError(f'config.model.head.num_labels={config.model.head.num_labels}, but task {config.data.task!r} has '
                      f'{heads} labels; set it to {heads}.')
-  form, read = form_of(config, tokenizer), tuple(tasks.examples(task, 'validation'))
-  return Prepared(tokenizer, TaskData(task, form, encode(task, 'train', form), encode(task, 'validation', form, read), read))
+  form = form_of(config, tokenizer)
+  train, validation = (_drawn(list(tasks.examples(task, split)), config) for split in ('train', 'validation'))
+  return Prepared(tokenizer, TaskData(task, form, encode(task, 'train', form, train), encode(
+      task, 'validation', form, validation), tuple(validation)))
+
+
+def _drawn(read: list[Example], config: Any) -> list[Example]:
+  """As many of the examples as the config asks for, in their order."""
+  if not 0 < config.data.task_examples < len(read):
+    return read
+  rng = np.random.Generator(np.random.Philox(key=np.array([config.seed, 0], np.uint64)))
+  return [read[i] for i in sorted(rng.choice(len(read), config.data.task_examples, replace=False).tolist())]
 
 
 class TaskStream:

@@ -7,7 +7,7 @@ import pytest
 from jaxlm import config as base
 from jaxlm import objectives
 from jaxlm.data import examples, tasks, tokenizers
-from jaxlm.data.tasks import Example, Task
+from jaxlm.data.tasks import Example
 from jaxlm.errors import JaxlmError
 
 BYTES = tokenizers.bytes_tokenizer()
@@ -115,7 +115,7 @@ def test_virtual_tokens_stand_before_every_text_and_never_count():
 def config(tmp_path):
   given = base.smoke(base.default())
   given.objective.name = 'answer'
-  given.data.update(packing='best_fit', task=str(tmp_path / 'task.json'))
+  given.data.update(packing='best_fit', task_examples=0, task=str(tmp_path / 'task.json'))
   rng = np.random.default_rng(0)
   letters = lambda n: ''.join(rng.choice(list('abcdef'), n))
   lines = [json.dumps(dict(q=letters(rng.integers(1, 20)), a=letters(rng.integers(1, 12)))) for _ in range(300)]
@@ -195,6 +195,20 @@ def test_another_number_of_labels_is_told(config, tmp_path):
   config.model.head.update(labels='sequence', num_labels=3)
   with pytest.raises(JaxlmError, match=r"head.num_labels=3, but task 'module' has 20 labels; set it to 20"):
     examples.prepare(config)
+
+
+def test_what_does_not_fit_is_left_out_where_that_is_asked_for(config, capsys):
+  config.seq_len = 15
+  whole = [e for e in tasks.examples(tasks.make(config.data.task), 'train') if len(e.target) <= 13]
+  config.data.too_long = 'refuse'
+  config.seq_len = 8
+  with pytest.raises(JaxlmError, match='all.jsonl:[0-9]+: the target has'):
+    examples.prepare(config)
+  config.data.too_long = 'leave'
+  data = examples.prepare(config).task
+  kept = [e for e in whole if len(e.target) + 1 <= 8]
+  assert len(data.train) == len(kept) < len(whole)
+  assert f'train: {len(whole) - len(kept)} of {len(whole)} examples do not fit into 9 tokens' in capsys.readouterr().err
 
 
 def test_a_template_that_is_none_is_told(config):

@@ -1,0 +1,15 @@
+"""Kinds of words of code (names, strings, numbers, keywords as BIO spans): F1 of spans not measured yet.
+
+  python -m jaxlm.main --config=experiments/finetune_tag.py:start=runs/encoder
+  python -m jaxlm.main --config=experiments/finetune_tag.py:start=runs/encoder,task=entities.json,labels=9
+"""
+from jaxlm import config as base
+
+
+def get_config(arg=None):
+  arg = base.parse_arg(arg, start='', task='kinds', labels=17, smoke=False)
+  config = base.tune(base.default(), arg.task, 'tag', arg.start)
+  config.model.update(structure='encoder')
+  config.model.head.update(lm=False, labels='token', num_labels=arg.labels)
+  config.checkpoint.update(best_metric='eval/validation/f1', best_is_highest=True, patience=3)
+  return base.smoke(config) if arg.smoke else config
