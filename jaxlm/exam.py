@@ -19,7 +19,7 @@ from jaxlm.data.tasks import Example, Task
 from jaxlm.errors import JaxlmError
 from jaxlm.lm import LM
 from jaxlm.lookup import lookup
-from jaxlm.measure import intervals, sandbox, verdicts
+from jaxlm.measure import baselines, intervals, sandbox, verdicts
 
 CHUNK = 64  # examples between two savings of what has been said
 NORMS = ('sum', 'token', 'byte', 'unconditional')  # of the scores of choices
@@ -110,11 +110,16 @@ class Said:
 Asker = Callable[[LM, Task, Sequence[Example], Sequence[str], Terms], list[Any]]
 
 
-def _generated(lm: LM, task: Task, examples: Sequence[Example], prompts: Sequence[str], terms: Terms) -> list[str]:
-  """Greedy continuations, up to a stop."""
-  room = lm.room(prompts)
-  return lm.generate(list(prompts), max_new_tokens=min(task.max_new_tokens, room), stop=task.stop,
-                     batch_size=terms.batch_size)
+def _generated(lm: LM, task: Task, examples: Sequence[Example], prompts: Sequence[Any], terms: Terms) -> list[Any]:
+  """Greedy continuations, up to a stop, or as far as learned positions go after that very prompt."""
+  found: list[Any] = [None] * len(prompts)
+  rooms = [min(task.max_new_tokens, lm.room([prompt])) for prompt in prompts]
+  for room in set(rooms):
+    rows = [row for row, other in enumerate(rooms) if other == room]
+    said = lm.generate([prompts[row] for row in rows], max_new_tokens=room, stop=task.stop, batch_size=terms.batch_size)
+    for row, answer in zip(rows, said):
+      found[row] = answer
+  return found
 
 
 def _ranked(lm: LM, task: Task, examples: Sequence[Example], prompts: Sequence[str], terms: Terms) -> list[int]:
@@ -167,8 +172,7 @@ def _documents(lm: LM, task: Task, examples: Sequence[Example], prompts: Sequenc
 
 def _answered_chats(lm: LM, task: Task, examples: Sequence[Example], prompts: Sequence[Any], terms: Terms) -> list[str]:
   """The assistant's last turn, said again."""
-  said = lm.generate([list(ids) for ids in prompts], max_new_tokens=task.max_new_tokens, batch_size=terms.batch_size)
-  return [lm.tokenizer.decode(ids) for ids in said]
+  return [lm.tokenizer.decode(ids) for ids in _generated(lm, task, examples, prompts, terms)]
 
 
 ASKERS: dict[str, Asker] = {'text': _generated, 'span': _generated, 'classify': _ranked, 'choice': _ranked,
@@ -250,10 +254,7 @@ def hold(lm: LM, task: Task, terms: Terms = Terms(), kept: str = '') -> dict[str
   Raises:
     JaxlmError: a task that this model cannot be asked, or a record that does not fit.
   """
-  asked = list(tasks.examples(task, terms.split))
-  if 0 < terms.limit < len(asked):
-    drawn = np.random.Generator(np.random.Philox(terms.seed)).choice(len(asked), terms.limit, replace=False)
-    asked = [asked[i] for i in sorted(drawn.tolist())]
+  asked = _drawn(task, terms)
   head = HEADS.get(task.kind)
   if head is not None and lm.model.config.head.labels == head:
     said = [Said(e.id, question_text(task, e) if task.kind != 'tag' else list(e.words), answer)
@@ -264,6 +265,19 @@ def hold(lm: LM, task: Task, terms: Terms = Terms(), kept: str = '') -> dict[str
   else:
     said = _asked(lm, task, asked, terms, kept)
   answers = orders if task.kind == 'retrieve' else [one.answer for one in said]
+  return _report(task, asked, answers, said, terms)
+
+
+def _drawn(task: Task, terms: Terms) -> list[Example]:
+  """The examples that are asked, in their order."""
+  asked = list(tasks.examples(task, terms.split))
+  if not 0 < terms.limit < len(asked):
+    return asked
+  drawn = np.random.Generator(np.random.Philox(terms.seed)).choice(len(asked), terms.limit, replace=False)
+  return [asked[i] for i in sorted(drawn.tolist())]
+
+
+def _report(task: Task, asked: Sequence[Example], answers: Sequence[Any], said: Sequence[Said], terms: Terms) -> dict[str, Any]:
   metric, rows = judged(task, asked, answers)
   found = dict(metrics=metric.total(rows), intervals=intervals.bootstrap(metric, rows, terms.seed), examples=len(asked),
                terms=dataclasses.asdict(terms))
@@ -332,3 +346,11 @@ def compared(task: Task, found: dict[str, Any], other: dict[str, Any], seed: int
   paired = intervals.paired(verdicts.metric_of(task), np.array(list(rows['here'].values())),
                             np.array([rows['there'][id] for id in rows['here']]), seed)
   return {name: pair._asdict() for name, pair in paired.items()}
+
+
+def hold_baseline(name: str, task: Task, terms: Terms = Terms()) -> dict[str, Any]:
+  """As `hold`, of a baseline (`measure.baselines`) in a model's place, on the very same examples."""
+  asked, train = _drawn(task, terms), list(tasks.examples(task, 'train'))
+  answers = baselines.answers(name, task, train, asked)
+  said = [Said(e.id, e.input, answer[:10] if task.kind == 'retrieve' else answer) for e, answer in zip(asked, answers)]
+  return _report(task, asked, answers, said, terms)

@@ -60,7 +60,7 @@ def compile_time(rounds: int) -> Iterator[Line]:
 def data(rounds: int) -> Iterator[Line]:
   """One thread; the standard library as pieces of a trained BPE, windows of 1,024."""
   import numpy as np
-  from jaxlm.data import mixtures, pipeline, plans, store
+  from jaxlm.data import examples, mixtures, pipeline, plans, store
   for told, changes in (('', {}), (', masked', {'objective.name': 'masked'})):
     config = _small(**{'data.tokenizer': 'bpe', 'data.vocab_size': 4096, 'seq_len': 1024, 'batch_size': 32}, **changes)
     stores, tokenizer = store.prepare(config, objectives.roles(config))
@@ -79,6 +79,15 @@ def data(rounds: int) -> Iterator[Line]:
     by_cpu, by_wall = (round(statistics.median(rate)) for rate in zip(*rates))
     yield dict(measure=f'tokens/s from store to batch, windows of 1,024{told}', by_cpu_time=by_cpu, by_wall=by_wall,
                rounds=rounds)
+  for task in ('docstring', 'assistant'):
+    config = config_module.tune(_small(), task, 'answer')
+    with config.unlocked():
+      config.update(seq_len=1024)
+      config.data.task_examples = 0
+    prepared = examples.prepare(config)
+    stream = examples.TaskStream(config, prepared.task, objectives.make(config, prepared.tokenizer.vocab))
+    yield dict(measure=f'share of columns of 1,024 that hold text, task {task!r} packed', ratio=round(stream.filled, 4),
+               examples=len(prepared.task.train), rows=len(stream.groups))
   found = [mixtures.planning_speed() for _ in range(rounds)]
   yield dict(measure='planning a mixture over 10⁹ windows', rounds=rounds,
              **{key: float(f'{statistics.median(f[key] for f in found):.3g}') for key in found[0]})
