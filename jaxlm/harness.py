@@ -11,7 +11,7 @@ import jax
 from tqdm.auto import tqdm
 
 from jaxlm import reading
-from jaxlm.data import chat
+from jaxlm.data import chat, templates
 from jaxlm.errors import JaxlmError
 from jaxlm.lm import LM
 from jaxlm.lookup import nearest
@@ -43,7 +43,7 @@ class Harness:
   """
   max_gen_toks = 256
 
-  def __init__(self, lm: LM, batch_size: int, max_length: int | None, template: chat.Template | None,
+  def __init__(self, lm: LM, batch_size: int, max_length: int | None, template: templates.Template | None,
                add_bos_token: bool | None):
     super().__init__()
     config, vocab = lm.model.config, lm.tokenizer.vocab
@@ -250,18 +250,18 @@ def _window(lm: LM) -> int:
   return config.max_length - (len(lm.front) if config.positions.kind == 'learned' else 0)
 
 
-_TEMPLATE_WANTED = (f'chat_template must be one of {", ".join(chat.TEMPLATES)}, a folder that holds one, or a '
-                    'jaxlm.data.chat.Template')
+_TEMPLATE_WANTED = (f'chat_template must be one of {", ".join(templates.TEMPLATES)}, a folder that holds one, or a '
+                    'jaxlm.data.templates.Template')
 
 
-def _template(given: str | os.PathLike | chat.Template | None) -> chat.Template | None:
+def _template(given: str | os.PathLike | templates.Template | None) -> templates.Template | None:
   """The template of a name, of a Hugging Face folder or of a run directory."""
-  if given is None or isinstance(given, chat.Template) or given in chat.TEMPLATES:
-    return chat.TEMPLATES.get(given, given)
+  if given is None or isinstance(given, templates.Template) or given in templates.TEMPLATES:
+    return templates.TEMPLATES.get(given, given)
   folders = (os.fspath(given), os.path.join(given, 'tokenizer'))
-  found = next(filter(None, map(chat.of_folder, folders)), None)
+  found = next(filter(None, map(templates.of_folder, folders)), None)
   if found is None:
-    raise JaxlmError(f'{_TEMPLATE_WANTED}; got {os.fspath(given)!r}.{nearest(os.fspath(given), chat.TEMPLATES)}')
+    raise JaxlmError(f'{_TEMPLATE_WANTED}; got {os.fspath(given)!r}.{nearest(os.fspath(given), templates.TEMPLATES)}')
   return found
 
 
@@ -277,7 +277,7 @@ def _lm_eval() -> Any:
 
 
 def harness_model(lm: LM, batch_size: int = 32, max_length: int | None = None,
-                  chat_template: str | os.PathLike | chat.Template | None = None,
+                  chat_template: str | os.PathLike | templates.Template | None = None,
                   add_bos_token: bool | None = None) -> Any:
   """A model as lm-eval wants one, for `lm_eval.simple_evaluate(model=…)`.
 
@@ -285,7 +285,7 @@ def harness_model(lm: LM, batch_size: int = 32, max_length: int | None = None,
     lm: decoder-only or encoder-decoder, with a tokenizer.
     batch_size: rows at once.
     max_length: tokens that are read at most; None: as many as the model was made for.
-    chat_template: a name of `chat.TEMPLATES`, a folder that holds one, or the template; None: no task asks for it.
+    chat_template: a name of `templates.TEMPLATES`, a folder that holds one, or the template; None: no task asks for it.
     add_bos_token: whether a text begins with the prefix token; None: as its tokenizer says, or as in training.
   Raises:
     JaxlmError: lm-eval is not installed, the model cannot continue text, or an argument is none.
@@ -309,7 +309,7 @@ def harness_model(lm: LM, batch_size: int = 32, max_length: int | None = None,
 
 def run(lm: LM, tasks: str | Sequence[str] | None = None, include_path: str | os.PathLike | None = None,
         num_fewshot: int | None = None, limit: int | float | None = None, batch_size: int = 32,
-        max_length: int | None = None, chat_template: str | os.PathLike | chat.Template | None = None,
+        max_length: int | None = None, chat_template: str | os.PathLike | templates.Template | None = None,
         add_bos_token: bool | None = None, **options: Any) -> dict[str, Any]:
   """Measures a model on tasks of lm-eval; returns what `lm_eval.simple_evaluate` does: 'results', 'samples', ….
 

@@ -16,7 +16,7 @@ import yaml
 
 import jaxlm
 from jaxlm import harness
-from jaxlm.data import chat, tokenizers
+from jaxlm.data import templates, tokenizers
 from jaxlm.errors import JaxlmError
 
 pytest.importorskip('lm_eval')
@@ -52,7 +52,7 @@ def save_tokenizer(folder, bos, frame):
         single=parts, pair=f'{parts} $B', special_tokens=[(frame, tokenizer.backend.token_to_id(frame))])
   roles = dict(eos=ends, pad='<|pad|>') | (dict(bos=bos) if bos else {})
   tokenizers.Tokenizer(tokenizer.backend, roles, 'made').save(folder)
-  (folder / 'chat_template.jinja').write_text(chat.TEMPLATES['chatml'].source)
+  (folder / 'chat_template.jinja').write_text(templates.TEMPLATES['chatml'].source)
   return tokenizers.load(folder)
 
 
@@ -301,9 +301,9 @@ def test_requests_that_are_cached_are_not_computed_again(models, tasks, tmp_path
 def test_a_template_comes_from_a_folder_or_by_name_and_names_the_cache(models):
   _, lm, folder = models('gpt2')
   talk = [dict(role='system', content='Be brief.'), dict(role='user', content='why')]
-  made = [harness.harness_model(lm, chat_template=given) for given in (folder, 'gemma', chat.TEMPLATES['mistral'])]
-  assert made[0].chat_template(True) == chat.TEMPLATES['chatml'].source and not made[0].chat_template(False)
-  assert made[0].apply_chat_template(talk) == chat.TEMPLATES['chatml'].render(talk, add_generation_prompt=True)
+  made = [harness.harness_model(lm, chat_template=given) for given in (folder, 'gemma', templates.TEMPLATES['mistral'])]
+  assert made[0].chat_template(True) == templates.TEMPLATES['chatml'].source and not made[0].chat_template(False)
+  assert made[0].apply_chat_template(talk) == templates.TEMPLATES['chatml'].render(talk, add_generation_prompt=True)
   assert len({model.tokenizer_name for model in made}) == 3 and all('/' not in m.tokenizer_name for m in made)
   answering = [*talk[1:], dict(role='assistant', content='I say ')]
   assert made[0].apply_chat_template(answering, add_generation_prompt=False).endswith('<|im_start|>assistant\nI say ')
@@ -312,7 +312,7 @@ def test_a_template_comes_from_a_folder_or_by_name_and_names_the_cache(models):
 
 def test_a_template_without_a_system_is_rendered_without_it(models, caplog):
   source = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}{{ messages[0].content }}"
-  model = harness.harness_model(models('gpt2')[1], chat_template=chat.Template(source, '', ''))
+  model = harness.harness_model(models('gpt2')[1], chat_template=templates.Template(source, '', ''))
   talk = [dict(role='system', content='Be brief.'), dict(role='user', content='why')]
   assert model.apply_chat_template(talk) == 'why' == model.apply_chat_template(talk)
   assert caplog.text.count("The system's turns are left out.") == 1

@@ -8,7 +8,7 @@ from typing import Any, Callable, Iterator, NamedTuple, Sequence
 import numpy as np
 from tqdm.auto import tqdm
 
-from jaxlm.data import chat, store, tasks, tokenizers
+from jaxlm.data import chat, store, tasks, templates, tokenizers
 from jaxlm.data.mixtures import Schedule
 from jaxlm.data.plans import best_fit_bins
 from jaxlm.data.tasks import Example, Task
@@ -63,7 +63,7 @@ class Form:
   front: tuple[int, ...] = ()
   bos: bool = True
   eos: bool = True
-  template: chat.Template | None = None
+  template: templates.Template | None = None
   stride: int = 128
   refuses: bool = True
 
@@ -175,7 +175,7 @@ def _chosen(form: Form, example: Example) -> Iterator[Row]:
 def _conversation(form: Form, example: Example) -> Iterator[Row]:
   """All turns, of which the assistant's count; the last ones are left out until the rest fits."""
   messages, tools = list(example.messages), example.record.get('tools')
-  if faults := chat.check(messages):
+  if faults := templates.check(messages):
     raise JaxlmError(f'{example.id}: {faults[0]}')
   while messages:
     try:
@@ -222,13 +222,13 @@ def form_of(config: Any, tokenizer: Tokenizer) -> Form:
               data.too_long == 'refuse')
 
 
-def template_of(name: str) -> chat.Template:
+def template_of(name: str) -> templates.Template:
   """A built-in chat template, or that of a Hugging Face folder."""
-  if name in chat.TEMPLATES:
-    return chat.TEMPLATES[name]
-  found = chat.of_folder(name)
+  if name in templates.TEMPLATES:
+    return templates.TEMPLATES[name]
+  found = templates.of_folder(name)
   if found is None:
-    raise JaxlmError(f'config.data.template={name!r} is neither a built-in template ({", ".join(chat.TEMPLATES)}) nor a '
+    raise JaxlmError(f'config.data.template={name!r} is neither a built-in template ({", ".join(templates.TEMPLATES)}) nor a '
                      'folder that has one; set it to one of those.')
   return found
 
