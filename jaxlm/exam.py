@@ -13,8 +13,9 @@ from typing import Any, Callable, Sequence
 import numpy as np
 from tqdm.auto import tqdm
 
+from jaxlm import trees
 from jaxlm.data import chat, examples as rows_module
-from jaxlm.data import tasks
+from jaxlm.data import tasks, templates
 from jaxlm.data.tasks import Example, Task
 from jaxlm.errors import JaxlmError
 from jaxlm.lm import LM
@@ -60,7 +61,7 @@ def answer_text(task: Task, example: Example) -> str:
     return f' {example.answers[0] if example.answers else ""}'
   if task.kind == 'regress':
     return f' {example.target:g}'
-  return example.target
+  return example.second if task.kind == 'prefer' else example.target
 
 
 def question_text(task: Task, example: Example) -> str:
@@ -290,12 +291,9 @@ def _asked(lm: LM, task: Task, asked: Sequence[Example], terms: Terms, kept: str
   if ask is None:
     raise JaxlmError(f'A task of kind {task.kind!r} needs a model with a label head of kind {HEADS[task.kind]!r} '
                      f'(config.model.head.labels), fine-tuned for it; this one has {lm.model.config.head.labels!r}.')
-  pool = list(tasks.examples(task, 'train')) if terms.shots else []
-  template = rows_module.template_of(lm.config.data.template) if task.kind == 'chat' else None
-  prompts = [_chat_prompt(lm, template, e) if template else prompt_of(task, e, choose_shots(
-      pool, terms.shots, e, terms.seed) if terms.shots else ()) for e in asked]
-  key = json.dumps([dataclasses.asdict(dataclasses.replace(terms, batch_size=0, limit=0)), dataclasses.asdict(task)],
-                   sort_keys=True, default=str)
+  prompts = _prompts(lm, task, asked, terms)
+  key = json.dumps([dataclasses.asdict(dataclasses.replace(terms, batch_size=0, limit=0)), dataclasses.asdict(task),
+                    _fingerprint(lm) if kept else ''], sort_keys=True, default=str)
   known = _read_kept(kept, key)
   # Long ones first: a chunk pads to its longest, and what does not fit into memory shows at once.
   order = sorted((i for i, e in enumerate(asked) if e.id not in known), key=lambda i: (-len(prompts[i]), i))
@@ -308,7 +306,27 @@ def _asked(lm: LM, task: Task, asked: Sequence[Example], terms: Terms, kept: str
   return [Said(e.id, prompt, known[e.id]) for e, prompt in zip(asked, prompts)]
 
 
-def _chat_prompt(lm: LM, template: chat.Template, example: Example) -> list[int]:
+def _prompts(lm: LM, task: Task, asked: Sequence[Example], terms: Terms) -> list[Any]:
+  """What each example gives a model: a document itself, ids of a conversation before its last answer, else a text."""
+  if task.kind == 'document':
+    return [example.input for example in asked]
+  if task.kind == 'chat':
+    template = rows_module.template_of(lm.config.data.template)
+    return [_chat_prompt(lm, template, example) for example in asked]
+  pool = list(tasks.examples(task, 'train')) if terms.shots else []
+  shots = lambda example: choose_shots(pool, terms.shots, example, terms.seed) if terms.shots else ()
+  return [prompt_of(task, example, shots(example)) for example in asked]
+
+
+def _fingerprint(lm: LM) -> str:
+  """Tells models apart, by what they are and some rows of each array; a step of training changes it."""
+  digest = hashlib.sha256(repr((lm.model.config, lm.eos, lm.start, lm.tokenizer and lm.tokenizer.digest)).encode())
+  for path, x in trees.flatten(lm.params).items():
+    digest.update(path.encode() + np.asarray(x[::max(1, len(x) // 8)] if x.ndim else x).tobytes())
+  return digest.hexdigest()
+
+
+def _chat_prompt(lm: LM, template: templates.Template, example: Example) -> list[int]:
   last = max(i for i, message in enumerate(example.messages) if message['role'] == 'assistant')
   return chat.prompt_ids(lm.tokenizer, template, list(example.messages[:last]), example.record.get('tools'))
 
@@ -321,7 +339,7 @@ def _read_kept(kept: str, key: str) -> dict[str, Any]:
       for line in file:
         try:
           record = json.loads(line)
-        except ValueError:
+        except ValueError:  # torn, or empty
           continue
         if record['key'] == key:
           known |= record['said']
@@ -331,7 +349,7 @@ def _read_kept(kept: str, key: str) -> dict[str, Any]:
 def _keep(kept: str, key: str, said: dict[str, Any]) -> None:
   if kept:
     with open(kept, 'a', encoding='utf-8') as file:
-      file.write(json.dumps(dict(key=key, said=said)) + '\n')
+      file.write('\n' + json.dumps(dict(key=key, said=said)) + '\n')  # what stands before may be torn
 
 
 def compared(task: Task, found: dict[str, Any], other: dict[str, Any], seed: int) -> dict[str, dict[str, float]]:

@@ -102,7 +102,7 @@ ROPE_KEYS = {{'default': 'none'}.get(kind, kind): {'base', 'local_base', 'fracti
 # Paths of config.model that say nothing about what is computed, and where that is so. The first line: how a model is
 # trained and run.
 UNREAD: tuple[tuple[str, Callable[[Mapping[str, Any]], bool]], ...] = (
-    (r'family|vocab_size|vocab_pad_to|dropout|remat.*|scan|init/.*|attention/(dropout|kernel|block)', lambda m: True),
+    (r'family|vocab_size|vocab_pad_to|dropout|remat.*|scan|init/.*|peft/.*|attention/(dropout|kernel|block)', lambda m: True),
     (r'moe/(mode|capacity_factor|balance_loss|z_loss)', lambda m: True),
     (r'encoder_layers', lambda m: m['structure'] != 'encoder_decoder'),
     (r'max_length|positions/offset', lambda m: m['positions']['kind'] != 'learned'),

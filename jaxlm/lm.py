@@ -356,6 +356,9 @@ class LM:
     if isinstance(context, str) != isinstance(continuation, str):
       raise JaxlmError(f'Pair {row}: context and continuation must both be text, or both ids.')
     if self._encodes:
+      if isinstance(context, str):
+        kept = context.rstrip()
+        context, continuation = kept, context[len(kept):] + continuation
       prompt = self._prompting(self._ids(context) + (self.end if isinstance(context, str) else []))
       targets = self.tokenizer.encode(continuation) if isinstance(continuation, str) else self._ids(continuation)
       return dataclasses.replace(prompt, ids=[*prompt.ids, *targets][:-1] if targets else []), list(targets)

@@ -1,7 +1,9 @@
 """The program: runs become folders and folders runs, with the same weights, tokenizer and what goes along."""
+import dataclasses
 import json
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -11,12 +13,15 @@ import tokenizers as backend
 
 import jaxlm
 from jaxlm import config as base
-from jaxlm import convert, hf, programs, rundir, transfer, trees, weights
+from jaxlm import adapters, convert, hf, programs, rundir, sharding, targets, transfer, trees, weights
 from jaxlm.checkpoint import Checkpoints
 from jaxlm.data import tokenizers
 from jaxlm.families import gpt2, llama
-from jaxlm.models.config import freeze
+from jaxlm.lm import LM
+from jaxlm.models import peft
+from jaxlm.models.config import PeftConfig, freeze
 from jaxlm.models.stack import unstack
+from jaxlm.models.transformer import Transformer
 
 HF = dict(model_type='llama', architectures=['LlamaForCausalLM'], vocab_size=258, hidden_size=48, intermediate_size=70,
           num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, head_dim=8, max_position_embeddings=64,
@@ -47,7 +52,7 @@ def run(*flags):
   try:
     return programs.outcome(convert.main, ['convert', *flags])
   finally:
-    for name in ('from', 'to', 'form', 'save_dtype', 'shard_bytes', 'step'):
+    for name in ('from', 'to', 'form', 'base', 'merge', 'save_dtype', 'shard_bytes', 'step'):
       convert.flags.FLAGS[name].unparse()
 
 
@@ -162,6 +167,31 @@ BAD = [
     (['--from=damaged', '--to=b'], 'is no whole safetensors file'),
     (['--from=bare', '--to=b'], 'has no tokenizer.json, which a run directory needs'),
     (['--from=custom', '--to=b'], "family 'custom' have no Hugging Face form"),
+    (['--from=a', '--to=b', '--merge'], '--merge puts a delta into its base, and a holds none'),
+    (['--from=a', '--to=b', '--base=a'], 'a has no adapter_config.json; leave it out'),
+    (['--from=lora', '--to=b'], 'lora is an adapter; say what it stands beside: --base'),
+    (['--from=lora', '--to=b', '--base=nope'], '--base=nope is no folder'),
+    (['--from=lora', '--to=b', '--base=file'], '--base=file is no folder'),
+    (['--from=lora', '--to=b', '--base=lora'], 'lora has no config.json'),
+    (['--from=lora', '--to=b', '--base=bare'], 'bare has no tokenizer.json'),
+    (['--from=lora', '--to=b', '--base=a', '--form=hf'], 'lora is an adapter of the peft package already; --merge'),
+    (['--from=lora', '--to=b', '--base=a', '--step=1'], '--step chooses a checkpoint'),
+    (['--from=lora', '--to=b', '--base=a', '--save_dtype=float16'], 'a run directory keeps float32 or bfloat16'),
+    (['--from=lora', '--to=b', '--base=run', '--step=7'], 'run has no checkpoint 7 that a delta can stay beside'),
+    (['--from=lora', '--to=b', '--base=averaged'], '--base=averaged keeps a moving average'),
+    (['--from=lora', '--to=b', '--base=beside'], '--base=beside holds a delta itself'),
+    (['--from=lora', '--to=b', '--base=narrow'], 'has shape'),
+    (['--from=lora', '--to=file', '--base=a'], 'file is there already'),
+    (['--from=beside', '--to=a'], 'a is there already'),
+    (['--from=beside', '--to=b', '--form=run'], 'is a run directory already'),
+    (['--from=beside', '--to=b', '--step=7'], 'There is no checkpoint 7'),
+    (['--from=beside', '--to=b', '--base=a'], 'beside has no adapter_config.json'),
+    (['--from=prompt', '--to=b', '--base=a', '--merge'], "peft method 'prompt' cannot be merged"),
+    (['--from=lost', '--to=b', '--merge'], 'holds a delta beside gone, which is not there'),
+    (['--from=drawn', '--to=b'], 'The base of drawn is drawn by its seed, and no folder holds it; add --merge'),
+    (['--from=on_average', '--to=b'], 'averaged keeps a moving average, which its Hugging Face folder has, while this'),
+    (['--from=grown', '--to=b'], 'The vocabulary of grown has 300 entries, that of its base'),
+    (['--from=headed', '--to=b'], 'labels/bias of headed is neither in its base'),
     (['--frm=a'], 'Unknown flag --frm'),
 ]
 
@@ -179,7 +209,25 @@ def places(tmp_path_factory):
   config = read(folder / 'custom/config.json')
   config['model']['family'] = 'custom'
   (folder / 'custom/config.json').write_text(json.dumps(config))
+  make(folder / 'narrow', hidden_size=32)
+  adapter(folder / 'lora', folder / 'a', method='lora')
+  adapter(folder / 'prompt', folder / 'a', method='prompt', tokens=3)
+  copy(folder / 'run', folder / 'averaged', {'optim.ema_decay': 0.9})
+  assert run(f'--from={folder / "lora"}', f'--base={folder / "a"}', f'--to={folder / "beside"}') == 0
+  for name, changes in dict(
+      lost={'checkpoint.init_from': 'gone'},
+      drawn={'checkpoint.init_from': ''}, on_average={'checkpoint.init_from': str(folder / 'averaged')},
+      grown={'model.vocab_size': 300}, headed={'model.head.labels': 'sequence'}).items():
+    copy(folder / 'beside', folder / name, changes)
   return folder
+
+
+def copy(source, target, changes):
+  """A run whose config says something else."""
+  shutil.copytree(source, target)
+  config = base.loads((target / 'config.json').read_text()).unlock()
+  config.update_from_flattened_dict(changes)
+  (target / 'config.json').write_text(base.dumps(config))
 
 
 @pytest.mark.parametrize('flags, told', BAD, ids=[told for _, told in BAD])
@@ -200,6 +248,113 @@ def test_an_empty_folder_may_be_filled_and_one_that_failed_leaves_no_trace(tmp_p
   assert sorted(p.name for p in tmp_path.iterdir()) == ['a', 'b'] and not list((tmp_path / 'b').iterdir())
   monkeypatch.undo()
   assert run(f'--from={a}', f'--to={tmp_path / "b"}', '--form=hf') == 0
+  assert same(a, tmp_path / 'b')
+
+
+# ---- deltas ------------------------------------------------------------------------------------------------------
+
+METHODS = {'dora': dict(method='lora', rank=3, dora=True, sites=(('attention/(query|out)', True), ('mlp/up', 2))),
+           'ia3': dict(method='ia3'), 'prompt': dict(method='prompt', tokens=3)}
+IDS = np.random.default_rng(3).integers(0, 256, (2, 9))
+ATOL = 3e-4  # float32, logits to 39; measured max 8e-5
+
+
+def adapter(folder, beside, **method):
+  """Writes an adapter far from its start; gives the logits of the model that it makes."""
+  given = hf.load_folder(beside)
+  model = dataclasses.replace(given.model, peft=PeftConfig(**method))
+  rng = np.random.default_rng(1)
+  delta = trees.unflatten({path: (1 + rng.random(shape)).astype(np.float32) * 0.5
+                           for path, shape in transfer.param_shapes(model).items() if peft.is_delta(path)})
+  adapters.save(folder, model, delta)
+  params = trees.combine(given.params, delta)
+  whole = Transformer(model, sharding.single(given.config.sharding.rules))
+  return lambda: LM(given.config, whole, params, tokenizers.load(beside)).logits(IDS)
+
+
+@pytest.mark.parametrize('name', METHODS)
+def test_an_adapter_becomes_a_run_beside_its_base_and_comes_back_bit_for_bit(name, tmp_path):
+  a, there, back, merged = make(tmp_path / 'a'), tmp_path / 'run', tmp_path / 'back', tmp_path / 'merged'
+  wanted = adapter(tmp_path / 'adapter', a, **METHODS[name])()
+  assert run(f'--from={tmp_path / "adapter"}', f'--base={a}', f'--to={there}') == 0
+  config = rundir.RunDirectory(str(there)).config
+  assert (config.checkpoint.init_from, config.checkpoint.init_step) == (str(a), 0)
+  with Checkpoints(there / 'checkpoints', read_only=True) as checkpoints:
+    assert all(peft.is_delta(path) for path in checkpoints.shapes(0))
+  lm = jaxlm.load(there)
+  np.testing.assert_array_equal(lm.logits(IDS), wanted)
+  assert np.abs(wanted - jaxlm.load(a).logits(IDS)).max() > 1 and lm.eos == (256, 257, 7)
+  a.rename(tmp_path / 'moved')  # of the base, the adapter's folder has the name alone
+  assert run(f'--from={there}', f'--to={back}') == 0
+  assert weights_of(back) == weights_of(tmp_path / 'adapter')
+  named = dict(base_model_name_or_path=str(a))
+  assert read(back / targets.CONFIG) == read(tmp_path / 'adapter' / targets.CONFIG) | named
+  (tmp_path / 'moved').rename(a)
+  if name == 'prompt':
+    return
+  assert run(f'--from={there}', f'--to={merged}', '--merge') == 0
+  close = lambda folder: np.testing.assert_allclose(jaxlm.load(folder).logits(IDS), wanted, atol=ATOL)
+  close(merged)
+  assert read(merged / 'config.json') == read(a / 'config.json')
+  assert read(merged / 'generation_config.json') == read(a / 'generation_config.json')
+  assert (merged / 'chat_template.jinja').read_text() == TEMPLATE
+  if name == 'ia3':
+    return
+  assert run(f'--from={tmp_path / "adapter"}', f'--base={a}', f'--to={tmp_path / "again"}', '--merge', '--form=hf') == 0
+  assert same(merged, tmp_path / 'again')
+  assert run(f'--from={there}', f'--to={tmp_path / "whole"}', '--merge', '--form=run') == 0
+  close(tmp_path / 'whole')
+  assert rundir.RunDirectory(str(tmp_path / 'whole')).config.model.peft.method == 'none'
+  assert run(f'--from={tmp_path / "whole"}', f'--to={tmp_path / "out"}') == 0
+  assert same(merged, tmp_path / 'out')
+
+
+def weights_of(folder):
+  found = targets.tensors(folder)
+  return {name: (x.dtype, x.tobytes()) for name, x in found.items()}
+
+
+def test_a_delta_is_pinned_to_the_checkpoint_of_a_run_that_goes_on(tmp_path):
+  a, there = make(tmp_path / 'a'), tmp_path / 'run'
+  adapter(tmp_path / 'adapter', a, method='lora')
+  assert run(f'--from={a}', f'--to={there}') == 0
+  model = convert._model(rundir.RunDirectory(str(there)).config, 258, 'float32')
+  with Checkpoints(there / 'checkpoints') as checkpoints:
+    params = checkpoints.restore_params(transfer.wanted(model))[1]
+    for step in (3, 5):
+      checkpoints.save(step, {'params': trees.map_paths(lambda _, x: x * (1 + step / 100), params)}, {})
+  for flags, step in (([], 5), (['--step=3'], 3)):
+    out = tmp_path / f'delta{step}'
+    assert run(f'--from={tmp_path / "adapter"}', f'--base={there}', f'--to={out}', *flags) == 0
+    assert rundir.RunDirectory(str(out)).config.checkpoint.init_step == step
+    assert run(f'--from={out}', f'--to={tmp_path / f"merged{step}"}', '--merge') == 0
+  five, three = (weights.read_weights(tmp_path / f'merged{step}')['model.norm.weight'] for step in (5, 3))
+  np.testing.assert_allclose(five / three, 1.05 / 1.03, rtol=1e-6)
+  assert run(f'--from={tmp_path / "delta5"}', f'--to={tmp_path / "back"}') == 0
+  assert weights_of(tmp_path / 'back') == weights_of(tmp_path / 'adapter')
+
+
+def test_a_run_of_a_coarse_base_keeps_a_fine_delta_and_dtypes_are_chosen(tmp_path):
+  a, out = make(tmp_path / 'a', transfer.jnp.bfloat16), tmp_path / 'run'
+  adapter(tmp_path / 'adapter', a, method='lora')
+  beside = [f'--from={tmp_path / "adapter"}', f'--base={a}']
+  assert run(*beside, f'--to={out}') == 0
+  assert run(f'--from={out}', f'--to={tmp_path / "back"}') == 0
+  assert weights_of(tmp_path / 'back') == weights_of(tmp_path / 'adapter')
+  assert run(f'--from={out}', f'--to={tmp_path / "half"}', '--save_dtype=float16') == 0
+  assert {dtype for dtype, _ in weights_of(tmp_path / 'half').values()} == {np.dtype(np.float16)}
+  assert run(*beside, f'--to={tmp_path / "merged"}', '--merge', '--form=hf') == 0
+  assert set(weights.read_weights(tmp_path / 'merged').dtypes.values()) == {'BF16'}  # as the base has them
+
+
+def test_a_run_whose_layers_are_not_stacked_becomes_a_folder_too(tmp_path):
+  a = make(tmp_path / 'a')
+  assert run(f'--from={a}', f'--to={tmp_path / "run"}') == 0
+  copy(tmp_path / 'run', tmp_path / 'flat', {'model.scan': False})
+  shutil.rmtree(tmp_path / 'flat/checkpoints')
+  with Checkpoints(tmp_path / 'flat/checkpoints') as checkpoints:
+    checkpoints.save(0, {'params': trees.map_paths(lambda _, x: transfer.jnp.asarray(x), hf.load_folder(a).params)}, {})
+  assert run(f'--from={tmp_path / "flat"}', f'--to={tmp_path / "b"}') == 0
   assert same(a, tmp_path / 'b')
 
 

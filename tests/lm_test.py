@@ -15,6 +15,7 @@ from jaxlm import hf, lm as lm_module, sharding, types
 from jaxlm.checkpoint import Checkpoints
 from jaxlm.data import tokenizers
 from jaxlm.errors import JaxlmError
+from jaxlm.lm import LM
 from jaxlm.models.config import freeze
 from jaxlm.models.stack import unstack
 from jaxlm.models.transformer import Transformer
@@ -241,6 +242,15 @@ def test_the_end_of_a_long_context_is_read(lm, logits_of):
   assert lm.score([ids[:57]], [ids[57:]])[0][0] == pytest.approx(exact(logits_of, ids[-49:], 3)[0], rel=1e-5)
   with pytest.raises(JaxlmError, match='Continuation 0 needs 50 positions'):
     lm.score([[1]], [[2] * 50])
+
+
+def test_a_space_behind_what_an_encoder_reads_is_the_continuations():
+  config, tokenizer = make_config(structure='encoder_decoder'), tokenizers.bytes_tokenizer()
+  lm = LM(config, *make_model(config, tokenizer), tokenizer, prompting=lambda ids: types.Prompt([END], ids))
+  one, two, three = lm.score(['ab \n', 'ab', 'ab'], ['cd', ' \ncd', 'cd'])
+  logits_TV = lm.logits([[END, *b' \nc']], [[*lm.start, *b'ab', *lm.end]])[0]
+  logp_TV = np.asarray(jax.nn.log_softmax(logits_TV))
+  assert one == two and one[:2] == (pytest.approx(logp_TV[range(4), [*b' \ncd']].sum(), rel=1e-5), 4) and three[1] == 2
 
 
 def test_pairs_that_do_not_match_are_refused(lm):
