@@ -70,3 +70,10 @@ def embedded(item: Item, rng) -> Example:
 def preferred(item: Item, rng) -> Example:
   """The better and the worse answer, each after the question, as two texts of the row."""
   return answered(item, rng) | dict(label_weights=(item['segment_ids'] > 0).any(-1).astype(np.float32))
+
+
+def written(item: Item, rng, kept: bool) -> Example:
+  """An answer that a policy wrote; what it is worth, and with `kept` its log-probs, are filled in by who let it write."""
+  read = answered(item, rng)
+  read['advantages'] = np.zeros(item['tokens'].shape[:-1], np.float32)
+  return read | (dict(old_log_probs=np.zeros_like(read['loss_weights'])) if kept else {})

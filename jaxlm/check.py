@@ -8,6 +8,7 @@ from ml_collections import ConfigDict
 from jaxlm import config as config_module
 from jaxlm import objectives
 from jaxlm import optim
+from jaxlm import rollouts
 from jaxlm.data import plans, sources, store, tokenizers
 from jaxlm.errors import JaxlmError
 from jaxlm.families import table
@@ -29,6 +30,7 @@ NAMED = {
     'model.remat': (stack.REMAT, 'remat policy'),
     'data.packing': (plans.PLANNERS, 'packing'),
     'data.source': (sources.SOURCES, 'source'),
+    'objective.grpo.verifier': (rollouts.VERIFIERS, 'verifier'),
 }
 
 
@@ -36,7 +38,7 @@ def faults(config: ConfigDict) -> list[str]:
   """Everything wrong with a config, one line each; [] if it can be run."""
   found = config_module.faults(config)
   return found or list(_names(config)) + list(_model(config)) + list(_training(config)) + list(_data(config)) + list(
-      _task(config))
+      _task(config)) + list(_rollouts(config))
 
 
 def validate(config: ConfigDict) -> None:
@@ -212,6 +214,26 @@ def _task(config: ConfigDict) -> Iterator[str]:
   if peft.base != 'same' and peft.method in ('none', 'bitfit'):
     yield (f'config.model.peft.base={peft.base!r} keeps weights that nobody trains; set config.model.peft.method, such as '
            "'lora'.")
+
+
+def _rollouts(config: ConfigDict) -> Iterator[str]:
+  own = config.objective.grpo
+  if config.objective.name != 'grpo':
+    return
+  for size in [config.batch_size, *(size for _, size in config.batch_ramp)]:
+    if size % own.group:
+      yield (f'config.batch_size={size} does not divide by config.objective.grpo.group={own.group}, the answers to a '
+             'question; set one to suit the other.')
+  if config.model.peft.method in ('prompt', 'prefix'):
+    yield (f"config.model.peft.method={config.model.peft.method!r}: objective 'grpo' writes its texts without virtual "
+           "tokens; take 'lora' or another method.")
+  if own.max_new_tokens >= config.seq_len:
+    yield (f'config.objective.grpo.max_new_tokens={own.max_new_tokens} leaves no room for a question in config.seq_len='
+           f'{config.seq_len} columns; lower it, or make rows longer.')
+  for key in ('steps', 'save_every', *(['eval_every'] if config.checkpoint.patience else [])):
+    if config[key] % own.updates:
+      yield (f'config.{key}={config[key]} does not divide by config.objective.grpo.updates={own.updates}: a run rests '
+             'where a new rollout begins; make it a multiple.')
 
 
 def _data(config: ConfigDict) -> Iterator[str]:

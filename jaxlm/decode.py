@@ -12,6 +12,7 @@ import numpy as np
 
 from jaxlm import beams, reading, speculation
 from jaxlm.errors import JaxlmError
+from jaxlm.models import virtual
 from jaxlm.models.stack import BlockCache
 from jaxlm.models.transformer import Transformer
 from jaxlm.reading import NONE
@@ -87,13 +88,14 @@ def _check(model: Transformer, prompts: Sequence[Prompt], max_new_tokens: int, e
   for name, value, low in (('max_new_tokens', max_new_tokens, 0), ('batch_size', batch_size, 1)):
     if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or value < low:
       raise JaxlmError(f'{name} must be an integer, at least {low}; got {value!r}.')
+  size = model.config.vocab_size + virtual.count(model.config.peft)
   for row, prompt in enumerate(prompts):
     ids = prompt.ids
     if not len(ids) or model.config.structure == 'encoder_decoder' and not len(prompt.source):
       raise JaxlmError(f'Prompt {row} is empty; give it one token at least, the one that begins a document, say.')
-    reading.check_tokens(np.asarray(list(prompt.source), np.int64), model.config.vocab_size, f'Prompt {row}')
+    reading.check_tokens(np.asarray(list(prompt.source), np.int64), size, f'Prompt {row}')
     reading.check_length(model, len(prompt.source), f'Prompt {row}', 'Shorten it.')
-    reading.check_tokens(ids, model.config.vocab_size, f'Prompt {row}')
+    reading.check_tokens(ids, size, f'Prompt {row}')
     room = model.config.max_length - len(ids)
     reading.check_length(model, len(ids) + max_new_tokens, f'Prompt {row} ({len(ids)} tokens) with max_new_tokens='
                  f'{max_new_tokens}', f'Lower max_new_tokens to {room} or shorten the prompt.' if room > 0 else

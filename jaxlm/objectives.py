@@ -101,13 +101,14 @@ FITS: dict[str, dict[str, str]] = {
     'next_sentence': dict(encoder='full'), 'sentence_order': dict(encoder='full'),
     **{name: dict(encoder='full', **_LEFT_TO_RIGHT) for name in ('classify', 'multi_label', 'regress', 'tag', 'extract',
                                                                  'contrast')},
-    'answer': dict(encoder_decoder='causal', **_LEFT_TO_RIGHT), 'prefer': _LEFT_TO_RIGHT,
+    'answer': dict(encoder_decoder='causal', **_LEFT_TO_RIGHT), 'prefer': _LEFT_TO_RIGHT, 'grpo': _LEFT_TO_RIGHT,
 }
 
 # objective -> the kinds of task (`data.task`) whose answers it learns
 ANSWERS: dict[str, tuple[str, ...]] = {
     'classify': ('classify',), 'multi_label': ('multi_label',), 'regress': ('regress',), 'tag': ('tag',),
     'extract': ('span',), 'contrast': ('retrieve',), 'answer': ('text', 'chat', 'choice'), 'prefer': ('prefer',),
+    'grpo': ('text',),
 }
 
 _TWO_LABELS = ('head.num_labels', lambda n: n >= 2, 'at least 2')
@@ -308,6 +309,12 @@ def prefer(config, vocab) -> Objective:
   return _task(config, answers.preferred, one_more, loss='prefer', more=1)
 
 
+def grpo(config, vocab) -> Objective:
+  """Answers of the policy's own, as much more likely as a verifier rewards them above others to the same question."""
+  example = functools.partial(answers.written, kept=config.objective.grpo.updates > 1)
+  return _task(config, example, one_more, loss='grpo', more=1)
+
+
 # ---- masks -------------------------------------------------------------------------------------------------------
 
 
@@ -496,5 +503,5 @@ OBJECTIVES = {
     'translation': translation, 'next_sentence': next_sentence, 'sentence_order': sentence_order,
     'permutation': permutation, 'infilling': infilling, 'span': span, 'ul2': ul2, 'denoising': denoising,
     'classify': classify, 'multi_label': multi_label, 'regress': regress, 'tag': tag, 'extract': extract,
-    'answer': answer, 'contrast': contrast, 'prefer': prefer,
+    'answer': answer, 'contrast': contrast, 'prefer': prefer, 'grpo': grpo,
 }

@@ -4,6 +4,7 @@ from typing import Any, Callable, Mapping
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from jaxlm import trees
@@ -180,13 +181,28 @@ def _clipped(most: float) -> optax.GradientTransformationExtraArgs:
   return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
 
 
-def make(optim: Any, axes: Axes, layers: Mapping[str, int] | None = None) -> optax.GradientTransformation:
+def _by_depth(decay: float, depths: Mapping[str, Any]) -> optax.GradientTransformation:
+  """Smaller steps the nearer a parameter stands to the input: times decay for each layer above it.
+
+  Source: Howard and Ruder 2018, ULMFiT, arXiv:1801.06146, section 3.2; Clark et al. 2020, ELECTRA, appendix B.
+  """
+  last = max(int(np.max(depth)) for depth in depths.values())
+
+  def one(path, update):
+    factor = decay ** (last - np.asarray(depths[path], np.float32))
+    return update * jnp.asarray(factor.reshape(-1, *(1,) * (update.ndim - 1)) if factor.ndim else factor, update.dtype)
+  return optax.stateless(lambda updates, params: trees.map_paths(one, updates))
+
+
+def make(optim: Any, axes: Axes, layers: Mapping[str, int] | None = None,
+         depths: Mapping[str, Any] | None = None) -> optax.GradientTransformation:
   """The optimizer of a config: clip, direction, decay, rate by rules, schedule.
 
   Args:
     optim: the `optim` part of a config.
     axes: logical axes of each trainable parameter, by path; 'layers' first marks stacked ones.
     layers: as in `over_layers`.
+    depths: how far above the input each stands (`stack.depths`), for optim.layer_decay.
   Returns:
     A transformation whose `update` may be given `norm`, the global norm of the gradients.
   """
@@ -199,6 +215,8 @@ def make(optim: Any, axes: Axes, layers: Mapping[str, int] | None = None) -> opt
   parts = [over_layers(direction, axes, layers)]
   if {number for _, number in rates} != {1.0}:
     parts.append(_by_rules(rates, lambda times, mask: optax.masked(optax.scale(times), mask)))
+  if optim.layer_decay != 1.0:
+    parts.append(_by_depth(optim.layer_decay, depths))
   parts.append(optax.scale_by_learning_rate(schedule(optim)))
   if optim.clip_norm:
     parts.insert(0, _clipped(optim.clip_norm))

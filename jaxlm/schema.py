@@ -282,6 +282,21 @@ SCHEMA: dict[str, Any] = dict(
             smoothing=Key(0.0, Check('at least 0 and below 0.5', lambda x: 0 <= x < 0.5)),  # dpo: of labels that are wrong
             odds_weight=Key(0.1, above(0.0)),        # orpo
         ),
+        grpo=dict(                                   # the policy's own answers, by a verifier's reward (Shao et al. 2024)
+            group=Key(8, at_least(2)),               # answers to a question: batch_size / this are asked
+            max_new_tokens=Key(512, at_least(1), ref('seq_len', then=lambda n: n // 2)),  # of an answer; other columns
+            # are the question's
+            temperature=Key(1.0, above(0.0)),        # of the policy, when it writes and when it learns
+            verifier=Key('exact', name()),           # exact contains program (the task's, in a sandbox), or
+            # "module:function" of (example, answer) -> reward
+            clip_low=Key(0.2, fraction()),           # how far below 1 a token's ratio to the policy that wrote it counts
+            clip_high=Key(0.2, above(0.0)),          # how far above (DAPO: 0.28)
+            kl_weight=Key(0.04, at_least(0.0)),      # of the KL to the policy at the start; 0: no copy (DAPO, Dr. GRPO)
+            normalisation=Key('sequence', choice('sequence', 'token', 'longest')),  # a mean over answers of means over
+            # tokens; over all tokens (DAPO); over answers of sums over tokens / max_new_tokens (Dr. GRPO)
+            by_std=Key(True, flag()),                # advantages in units of a group's deviation; Dr. GRPO: not
+            updates=Key(1, at_least(1)),             # batches written by the same policy, an update each; 1: on-policy
+        ),
     ),
 
     data=dict(
@@ -312,6 +327,8 @@ SCHEMA: dict[str, Any] = dict(
         packing=Key('concatenated', name()),         # concatenated best_fit contiguous padded
         task=Key('', text()),                        # what is learned in the place of raw text: a key of data/tasks.py,
         # the path of a JSON file that describes one, or "module:attribute"; '': raw text
+        task_examples=Key(0, at_least(0)),           # of its training and its validation split, drawn by the seed; 0: all
+        too_long=Key('refuse', choice('refuse', 'leave')),  # an example whose answer does not fit is an error, or left out
         template=Key('chatml', name()),              # of conversations: chatml gemma llama2 llama3 mistral, or a
         # Hugging Face folder that has one
         stride=Key(128, at_least(1)),                # tokens that windows of a long context share, where a span is sought
@@ -332,6 +349,8 @@ SCHEMA: dict[str, Any] = dict(
     optim=dict(
         name=Key('adamw', name()),                   # which of the sub-configs below, or "module:function"
         lr=Key(3e-4, above(0.0)),                    # peak
+        layer_decay=Key(1.0, Check('above 0 and at most 1', lambda x: is_number(x) and 0 < x <= 1)),  # updates times this
+        # for each layer above; embeddings move least (fine-tuning: 0.65 to 0.95)
         schedule=Key('cosine', name()),              # cosine wsd linear rsqrt constant, after the warmup
         warmup_steps=Key(0, at_least(0)),            # steps, linear from 0
         total_steps=Key(1_000, at_least(1), ref('steps')),  # steps over which the rate falls

@@ -11,7 +11,7 @@ import optax
 from jaxlm import config as config_module
 from jaxlm import optim, sharding, trees
 from jaxlm.errors import JaxlmError
-from jaxlm.models import peft, stages
+from jaxlm.models import peft, stack, stages
 from jaxlm.models.config import freeze
 from jaxlm.models.transformer import Transformer
 from jaxlm.sharding import Layout
@@ -19,6 +19,7 @@ from jaxlm.task_losses import REFERENCE, needs_reference
 from jaxlm.types import Array, LossScale, TrainState, Tree
 
 FIRST_SCALE = 64.0  # of the sum of losses over a batch: of a mean over 1,000 targets it would be 64,000
+LEAST_SCALE, MOST_SCALE, STEADY = 2.0 ** -14, 2.0 ** 24, 2000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,9 +103,10 @@ def init_state(model: Transformer, config: Any) -> Shapes:
   trainable = lambda path: peft.is_trained(model.config.peft, path) and not any(
       trees.matches(pattern, path) for pattern in config.optim.freeze)
   stacked = {path: x.shape[0] for path, x in trees.flatten(params).items() if axes[path][:1] == ('layers',)}
-  tx = optim.make(config.optim, axes, stacked)
   layers = functools.partial(_layers, stacked)
   staged = lambda path, x: stages.into_stages(x, n, layout) if (n := layers(path)) else x
+  tx = optim.make(config.optim, axes, stacked, stack.depths(jax.eval_shape(
+      lambda params: trees.map_paths(staged, params), params), model.config, layout))
 
   def make(rng):
     made = trees.map_paths(staged, nn.meta.unbox(init(rng)))
@@ -193,3 +195,13 @@ def split(state: TrainState, frozen: Tree) -> tuple[TrainState, Tree]:
   frozen, params = trees.partition(state.params, paths.__contains__)
   ema = None if state.ema is None else trees.partition(state.ema, paths.__contains__)[1]
   return state.replace(params=params, ema=ema), frozen
+
+
+def rescaled(scale: LossScale, finite: Array) -> LossScale:
+  """Half where a gradient was too large; twice after STEADY updates that were not.
+
+  Source: Micikevicius et al. 2018, Mixed precision training, arXiv:1710.03740, section 3.2.
+  """
+  steps = jnp.where(finite, scale.steps + 1, 0)
+  factor = jnp.where(finite, jnp.where(steps >= STEADY, 2.0, 1.0), 0.5)
+  return LossScale(jnp.clip(scale.value * factor, LEAST_SCALE, MOST_SCALE), jnp.where(steps >= STEADY, 0, steps))

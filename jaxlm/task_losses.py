@@ -1,4 +1,4 @@
-"""Losses of tasks: labels of a row, of its tokens, of a span in it; embeddings that belong together; preferred answers."""
+"""Losses of tasks: labels of a row, of its tokens, of a span in it; embeddings that belong together; better answers."""
 import dataclasses
 import functools
 from typing import Any, Callable
@@ -11,7 +11,7 @@ from jaxlm import losses, trees
 from jaxlm.losses import Sums, Vocabulary
 from jaxlm.models import peft
 from jaxlm.models.transformer import Transformer, pool
-from jaxlm.preferences import PREFERENCES, Pairs, sequence_log_probs
+from jaxlm.preferences import PREFERENCES, Pairs, grpo, sequence_log_probs
 from jaxlm.types import Array, Tree
 
 REFERENCE = 'reference'  # the folder of frozen parameters that holds the policy training began with
@@ -116,14 +116,10 @@ def prefer_loss(model: Transformer, vocabulary: Vocabulary, config: Any, params:
   The reference is the frozen copy of the policy at the start; of a delta, the base without it.
   """
   settings = config.objective.prefer
-  frozen, params = params.get(REFERENCE), {key: value for key, value in params.items() if key != REFERENCE}
+  params, base, kept = _apart(model, params)
   policy = _pairs(model, vocabulary, params, batch, rng)
   preference, reference = PREFERENCES[settings.loss], None
   if preference.reference:
-    base, kept = model, frozen
-    if kept is None:
-      base = model.clone(config=dataclasses.replace(model.config, peft=type(model.config.peft)()))
-      kept = trees.partition(params, peft.is_delta)[1]
     reference = jax.lax.stop_gradient(_pairs(base, vocabulary, kept, batch, None))
   chosen = {'dpo': dict(beta=settings.beta, label_smoothing=settings.smoothing), 'ipo': dict(beta=settings.beta),
             'orpo': dict(odds_weight=settings.odds_weight), 'simpo': dict(beta=settings.beta, margin=settings.margin)}
@@ -131,20 +127,61 @@ def prefer_loss(model: Transformer, vocabulary: Vocabulary, config: Any, params:
   return total, {'loss': told['objective']} | told
 
 
+def _apart(model: Transformer, params: Tree) -> tuple[Tree, Transformer, Tree]:
+  """(the policy's parameters; the reference, and its: the copy that was kept, or the model without its delta)."""
+  kept, params = params.get(REFERENCE), {key: value for key, value in params.items() if key != REFERENCE}
+  if kept is not None:
+    return params, model, kept
+  base = model.clone(config=dataclasses.replace(model.config, peft=type(model.config.peft)()))
+  return params, base, trees.partition(params, peft.is_delta)[1]
+
+
+def token_log_probs(model: Transformer, vocabulary: Vocabulary, params: Tree, batch: dict[str, Array],
+                    rng: Array | None, temperature: float = 1.0) -> Array:
+  """float32 [B, T]: log-probs of the targets, by what a model draws from at a temperature."""
+  output = model.apply({'params': params}, batch, rng=rng, with_logits=False)
+  w_VD, b_V = model.apply({'params': params}, method='unembedding')
+  cooled = dataclasses.replace(vocabulary, softcap=vocabulary.softcap / temperature)  # all that logits are linear in
+  return -losses.token_nll(cooled, output.features / temperature, w_VD, None if b_V is None else b_V / temperature,
+                           batch['targets'])
+
+
 def _pairs(model: Transformer, vocabulary: Vocabulary, params: Tree, batch: dict[str, Array], rng: Array | None) -> Pairs:
   """What a model says of the two texts of each row."""
-  output = model.apply({'params': params}, batch, rng=rng, with_logits=False)
-  unembedding, weights_BT = model.apply({'params': params}, method='unembedding'), batch['loss_weights']
-  nll_BT = losses.token_nll(vocabulary, output.features, *unembedding, batch['targets'])
-  of = lambda text: sequence_log_probs(-nll_BT, jnp.where(batch['segment_ids'] == text, weights_BT, 0))
+  log_probs_BT, weights_BT = token_log_probs(model, vocabulary, params, batch, rng), batch['loss_weights']
+  of = lambda text: sequence_log_probs(log_probs_BT, jnp.where(batch['segment_ids'] == text, weights_BT, 0))
   (chosen_B, chosen_lengths_B), (rejected_B, rejected_lengths_B) = of(1), of(2)
   return Pairs(chosen_B, rejected_B, chosen_lengths_B, rejected_lengths_B)
 
 
 def needs_reference(config: Any) -> bool:
   """Whether a frozen copy of the parameters at the start must be kept."""
-  return (config.objective.name == 'prefer' and PREFERENCES[config.objective.prefer.loss].reference
-          and config.model.peft.method not in ('lora', 'ia3', 'bottleneck'))
+  objective = config.objective
+  compares = {'prefer': PREFERENCES[objective.prefer.loss].reference, 'grpo': objective.grpo.kl_weight > 0}
+  return compares.get(objective.name, False) and config.model.peft.method not in ('lora', 'ia3', 'bottleneck')
+
+
+# ---- rewards -----------------------------------------------------------------------------------------------------
+
+
+def grpo_loss(model: Transformer, vocabulary: Vocabulary, config: Any, params: Tree, batch: dict[str, Array],
+              rng: Array | None) -> tuple[Array, Sums]:
+  """Answers better than others to the same question should be likelier, near the policy that wrote them.
+
+  The reference is that of `prefer_loss`. `entropy` is estimated by the tokens that were drawn: the mean of their -log-probs.
+  """
+  settings = config.objective.grpo
+  params, base, kept = _apart(model, params)
+  log_probs = functools.partial(token_log_probs, vocabulary=vocabulary, batch=batch,
+                                temperature=settings.temperature)
+  policy_BT, reference_BT = log_probs(model, params=params, rng=rng), None
+  if settings.kl_weight:
+    reference_BT = jax.lax.stop_gradient(log_probs(base, params=kept, rng=None))
+  own_BT = jax.lax.stop_gradient(policy_BT)
+  total, told = grpo(policy_BT, batch.get('old_log_probs', own_BT), reference_BT, batch['advantages'],
+                     batch['loss_weights'], -own_BT, clip_low=settings.clip_low, clip_high=settings.clip_high,
+                     kl_weight=settings.kl_weight, normalisation=settings.normalisation, longest=settings.max_new_tokens)
+  return total, {'loss': told['objective']} | told
 
 
 def make(name: str, model: Transformer, config: Any) -> LossFn:
@@ -154,4 +191,5 @@ def make(name: str, model: Transformer, config: Any) -> LossFn:
     return functools.partial(losses.LOSSES[name], model, vocabulary)
   return {'labels': functools.partial(labels_loss, model, config),
           'contrast': functools.partial(contrast_loss, model, config),
-          'prefer': functools.partial(prefer_loss, model, vocabulary, config)}[name]
+          'prefer': functools.partial(prefer_loss, model, vocabulary, config),
+          'grpo': functools.partial(grpo_loss, model, vocabulary, config)}[name]

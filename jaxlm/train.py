@@ -21,9 +21,10 @@ from jaxlm.evaluators import Evaluators
 from jaxlm.journal import Journal, Position, Told, due
 from jaxlm.models import cost, ring, stages
 from jaxlm.models.transformer import Transformer
+from jaxlm.rollouts import Graded, Rollouts
 from jaxlm.sharding import Layout
-from jaxlm.state import Shapes, build_model, init_state
-from jaxlm.types import Array, LossScale, TrainState, Tree
+from jaxlm.state import LEAST_SCALE, Shapes, build_model, init_state, rescaled
+from jaxlm.types import Array, TrainState, Tree
 
 # ---- the step ----------------------------------------------------------------------------------------------------
 
@@ -89,7 +90,7 @@ def make_step(loss_fn: LossFn, shapes: Shapes, config: Any):
     finite = jnp.isfinite(norm) & jnp.isfinite(sums['objective'][0])
     new = jax.lax.cond(finite, updated, lambda state, *_: state, state, grads, share, norm)
     if scale is not None:
-      new = new.replace(loss_scale=_rescaled(state.loss_scale, finite))
+      new = new.replace(loss_scale=rescaled(state.loss_scale, finite))
       finite |= jnp.isfinite(sums['objective'][0]) & (scale > LEAST_SCALE)
     metrics = {f'train/{name}': total / jnp.maximum(n, 1) for name, (total, n) in sums.items()}
     metrics |= {'train/grad_norm': norm, 'train/lr': rate(state.step), 'finite': finite, 'targets': sums['loss'][1]}
@@ -99,19 +100,6 @@ def make_step(loss_fn: LossFn, shapes: Shapes, config: Any):
 
   return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None),
                  compiler_options=sharding.compiler_options(shapes.layout.platform, config.compiler_options))
-
-
-LEAST_SCALE, MOST_SCALE, STEADY = 2.0 ** -14, 2.0 ** 24, 2000
-
-
-def _rescaled(scale: LossScale, finite: Array) -> LossScale:
-  """Half where a gradient was too large; twice after STEADY updates that were not.
-
-  Source: Micikevicius et al. 2018, Mixed precision training, arXiv:1710.03740, section 3.2.
-  """
-  steps = jnp.where(finite, scale.steps + 1, 0)
-  factor = jnp.where(finite, jnp.where(steps >= STEADY, 2.0, 1.0), 0.5)
-  return LossScale(jnp.clip(scale.value * factor, LEAST_SCALE, MOST_SCALE), jnp.where(steps >= STEADY, 0, steps))
 
 
 # ---- the loop ----------------------------------------------------------------------------------------------------
@@ -230,7 +218,9 @@ class Run:
     self.arrange = _arrangement(config, self.objective.visibility, self.lengths, self.layout)
     self.stream = (plans.Stream(config, self.stores, self.objective, vocab) if prepared.task is None else
                    examples.TaskStream(config, prepared.task, self.objective))
-    self.evaluators = Evaluators(config, self.model, prepared, self.objective, loss_fn, self.arrange)
+    measured = (config, self.model, prepared, self.objective, loss_fn, self.arrange)
+    self.rollouts = Rollouts(self.stream, *measured) if self.objective.loss == 'grpo' else None
+    self.evaluators = Graded(self.rollouts.writer, *measured) if self.rollouts else Evaluators(*measured)
     keep = {key: config.checkpoint[key] for key in ('keep_latest', 'keep_every', 'keep_best', 'best_metric',
                                                     'best_is_highest')}
     self.checkpoints = Checkpoints(os.path.join(workdir, 'checkpoints'), **keep)
@@ -266,8 +256,8 @@ class Run:
     trained = trees.flatten(state.params)
     params, kept = trees.partition(params, trained.__contains__)
     if state.ema is not None:
-      state = state.replace(ema=jax.tree.map(lambda p, like: jax.device_put(p.astype(jnp.float32), like.sharding), params,
-                                             state.ema))
+      average = lambda p, like: jax.device_put(jnp.array(p, jnp.float32), like.sharding)  # a copy: both are donated
+      state = state.replace(ema=jax.tree.map(average, params, state.ema))
     return state.replace(params=params), kept
 
   def rewind(self, bad: Told, position: Position) -> tuple[int, TrainState, Tree, Position]:
@@ -283,7 +273,19 @@ class Run:
   def batches(self, step: int, position: Position) -> tuple[pipeline.BatchSizes, pipeline.Batches]:
     """(sizes of the batches from here on, this process's rows of each)."""
     sizes = pipeline.BatchSizes.of(self.config, step, position.examples)
-    return sizes, pipeline.Batches(self.config, self.stream, self.rows.__getitem__, sizes)
+    read = (self.rollouts.questions, None) if self.rollouts else (self.stream, self.rows.__getitem__)
+    return sizes, pipeline.Batches(self.config, *read, sizes)
+
+  def batch(self, batches: pipeline.Batches, step: int, state: TrainState, frozen: Tree, position: Position,
+            size: int) -> tuple[dict[str, Array], dict[str, float]]:
+    """(the batch of the next update, what is told of it): of text that is there, or that the policy writes now."""
+    if self.rollouts:
+      return self.rollouts.batch(batches, step, state, frozen, position.examples, position.skips)
+    return self.place(batches.at(position.examples, size, position.skips), size), {}
+
+  def rests(self, step: int) -> bool:
+    """Whether a run that ends after this step can go on as if it had not."""
+    return not self.rollouts or self.rollouts.begins(step)
 
   def place(self, batch: dict[str, np.ndarray], size: int) -> dict[str, Array]:
     """This process's rows as parts of global arrays of `size` rows."""
@@ -357,13 +359,13 @@ def train(parts: Run, workdir: str, signals: Signals, watch: Watch, step: int, s
   try:
     while step < config.steps:
       first, size = position.examples, sizes(position.examples)
-      batch = parts.place(batches.at(first, size, position.skips), size)
+      batch, said = parts.batch(batches, step, state, frozen, position, size)
       state, metrics = parts.step_fn(state, frozen, batch)
       step, position.examples = step + 1, first + size
       watch.step(step)
-      stop = signals.stop(together=due(step, config.log_every))
+      stop = parts.rests(step) and signals.stop(together=due(step, config.log_every))
       bad = journal.tell(position)  # of the step before, while this one runs
-      journal.note(step, (first, first + size), metrics)
+      journal.note(step, (first, first + size), metrics | said)
       ending = stop or step == config.steps
       if not bad and (ending or due(step, config.eval_every) or due(step, config.save_every)):
         bad = journal.tell(position)

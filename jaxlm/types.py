@@ -50,6 +50,8 @@ BATCH = {
     'span_labels': ('B2', 'the first and the last column of an answer; 0 and 0, the first of the row, where there is none'),
     'token_labels': ('BT', 'the tag of each token'),
     'token_label_weights': ('BT', 'how much it counts: a word is told by its first piece'),
+    'advantages': ('B', 'of a rollout: how much better it was than others for the same prompt'),
+    'old_log_probs': ('BT', 'of its targets, by the policy that wrote them; where there is none, the policy is that one'),
     'example_ids': ('B', 'row number in the global batch; keys dropout'),
 }
 

@@ -1,4 +1,6 @@
 """Optimizers, schedules, and rules of decay, rate and freezing."""
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +10,7 @@ import pytest
 from jaxlm import config as base
 from jaxlm import optim, sharding, train, trees
 from jaxlm.errors import JaxlmError
-from jaxlm.models.stack import restack, unstack
+from jaxlm.models.stack import depths, restack, unstack
 from jaxlm.sharding import Layout
 
 
@@ -216,6 +218,19 @@ def test_decay_rules_multiply_and_the_first_match_wins(stacked):
   for path, x in after.items():
     times = 0.5 if path.startswith('embed/') else 2.0 if path.endswith('kernel') else 7.0 if 'embed' in path else 0.0
     np.testing.assert_allclose(x, 1 - 0.1 * times, rtol=1e-6, err_msg=path)
+
+
+def test_layers_nearer_the_input_take_smaller_steps(stacked):
+  config, params, _, axes = stacked
+  zeros = jax.tree.map(jnp.zeros_like, params)
+  given = _optim(name='sgd', lr=1.0, schedule='constant', weight_decay=0.0, clip_norm=0.0, layer_decay=0.5)
+  given.sgd.momentum = 0.0
+  tx = optim.make(given, axes, depths=depths(params, config))
+  after = unstack(_run(tx, zeros, jax.tree.map(jnp.ones_like, params), updates=1), config)
+  for path, x in trees.flatten(after).items():
+    layer = re.match(r'stack/layer_(\d+)/', path)
+    depth = int(layer[1]) + 1 if layer else 0 if 'embed' in path else config.num_layers + 1
+    np.testing.assert_allclose(x, -0.5 ** (config.num_layers + 1 - depth), rtol=1e-6, err_msg=path)
 
 
 def test_rate_rules_multiply_the_rate():

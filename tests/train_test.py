@@ -254,7 +254,7 @@ def test_bfloat16_computes_near_float32_with_float32_weights(twenty, tmp_path):
 
 def test_float16_scales_the_loss_down_until_its_gradient_fits(tiny, tmp_path, monkeypatch):
   monkeypatch.setattr(state, 'FIRST_SCALE', 2.0 ** 20)
-  monkeypatch.setattr(train, 'STEADY', 6)
+  monkeypatch.setattr(state, 'STEADY', 6)
   mesh(tiny).update(steps=20, save_every=7)
   tiny.precision.compute = 'float16'
   train.run(tiny, f'{tmp_path}/whole')

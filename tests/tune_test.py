@@ -119,6 +119,13 @@ def test_a_delta_alone_is_trained_and_saved_and_the_base_keeps_its_bits(method, 
   for path, x in base_.items():
     if not is_own(path):
       np.testing.assert_array_equal(x, adapted[path])
+  # Continued token by token it says what its logits say.
+  said = two.generate('ab:', max_new_tokens=3)
+  ids_1T = [*two.start, *b'ab:']
+  for _ in range(3):
+    ids_1T.append(int(np.asarray(two.logits(np.array([ids_1T])))[0, -1].argmax()))
+  assert said == two.tokenizer.decode(ids_1T[-3:]).partition('<')[0] or two.eos[0] in ids_1T[-3:]
+  assert two.score(['ab:'], ['ba'])[0][0] < 0
   shared = jaxlm.load(f'{tmp_path}/run', base=one)
   ids = np.arange(97, 105)[None]
   np.testing.assert_array_equal(shared.logits(ids), two.logits(ids))

@@ -419,12 +419,12 @@ def prepare(config: Any, roles: Sequence[str] = (), kinds: Sequence[str] = tuple
     raise JaxlmError(f'config.model.head.num_labels={config.model.head.num_labels}, but task {config.data.task!r} has '
                      f'{heads} labels; set it to {heads}.')
   form = form_of(config, tokenizer)
-  train, validation = (_drawn(list(tasks.examples(task, split)), config) for split in ('train', 'validation'))
+  train, validation = (drawn(list(tasks.examples(task, split)), config) for split in ('train', 'validation'))
   return Prepared(tokenizer, TaskData(task, form, encode(task, 'train', form, train), encode(
       task, 'validation', form, validation), tuple(validation)))
 
 
-def _drawn(read: list[Example], config: Any) -> list[Example]:
+def drawn(read: list[Example], config: Any) -> list[Example]:
   """As many of the examples as the config asks for, in their order."""
   if not 0 < config.data.task_examples < len(read):
     return read

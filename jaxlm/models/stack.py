@@ -1,6 +1,7 @@
 """Block and Stack: the layers of every family, scanned or one by one; their caches; parameters, stacked or not."""
 import dataclasses
 import functools
+import re
 from typing import Any
 
 import flax.linen as nn
@@ -284,6 +285,27 @@ def _places(config: ModelConfig, layout: Layout | None = None) -> dict[str, tupl
       index = None if index is None or its_config.share_layers else int(at[index])
       places[f'{tower}stack/layer_{layer}/'] = f'{tower}stack/{place}/', index
   return places
+
+
+def depths(params: Tree, config: ModelConfig, layout: Layout | None = None) -> dict[str, np.ndarray | int]:
+  """{path: how far above the input a parameter stands}: 0 embeddings, 1 the first layer, the last one more than layers.
+
+  Of stacked layers an array, as they lie in memory.
+  """
+  leaves, found = trees.flatten(params), {}
+  last = max(tower.num_layers for tower in config.towers().values()) + 1
+  for path, leaf in leaves.items():
+    found[path] = 0 if re.match(r'(.*/)?\w*embed\w*(/|$)', path) else last
+  for single, (place, index) in _places(config, layout).items():
+    depth = int(re.search(r'layer_(\d+)/$', single)[1]) + 1
+    for path, leaf in leaves.items():
+      if path.startswith(place):
+        if index is None:
+          found[path] = depth
+        else:
+          found[path] = np.zeros(leaf.shape[0], np.int32) if np.ndim(found[path]) == 0 else found[path]
+          found[path][index] = depth
+  return found
 
 
 def unstack(params: Tree, config: ModelConfig, layout: Layout | None = None) -> Tree:
