@@ -20,7 +20,8 @@ from jaxlm.task_losses import REFERENCE
 from jaxlm.types import Array, Tree
 
 NEW = re.compile(r'(labels|pooler)/.*')  # heads that a base need not have; it may have others, which are left
-LEFT = re.compile(r'(labels|pooler|head_transform|generator)/.*|head|head_bias|future_\d+/.*|reference/.*')
+LEFT = re.compile(r'(labels|pooler|generator|reference)/.*')
+WORDS = re.compile(r'head_transform/.*|head|head_bias|future_\d+/.*')  # left, too, by a model that predicts no words
 BY_ID = re.compile(r'embed/embedding|head|head_bias')  # whose rows are ids
 
 
@@ -42,7 +43,7 @@ def adopted(path: str, params: Tree, model: Transformer, tokenizer: Any, seed: i
   theirs, vocab_size = _theirs(path, ours, model, step)
   theirs = trees.flatten(quantised.quantised(trees.unflatten(theirs), model.config))
   missing = [p for p in ours if p not in theirs and not peft.is_delta(p) and not NEW.fullmatch(p)]
-  extra = [p for p in theirs if p not in ours and not LEFT.fullmatch(p)]
+  extra = [p for p in theirs if p not in ours and not _left(model, p)]
   if missing or extra:
     which = f'lacks {missing[0]}' if missing else f'has {extra[0]}, which this model lacks'
     raise JaxlmError(f'config.checkpoint.init_from: {path} {which} (and {len(missing) + len(extra) - 1} more like that); give '
@@ -129,10 +130,15 @@ def _theirs(path: str, ours: dict[str, Array], model: Transformer, step: int) ->
       raise JaxlmError(f'config.checkpoint.init_from: {path} has no valid checkpoint to take weights from.')
     shapes = {p.removeprefix('params/'): x for p, x in checkpoints.shapes(step).items() if p.startswith('params/')}
     target = {p: abstract(x.shape, ours[p].dtype if p in ours else x.dtype, p) for p, x in shapes.items()
-              if p in ours or not LEFT.fullmatch(p)}
+              if p in ours or not _left(model, p)}
     _, found = checkpoints.restore_params(trees.unflatten(target), step)
   size = directory.config.model.vocab_size or tokenizers.load(os.path.join(path, 'tokenizer')).vocab.size
   return trees.flatten(found), size
+
+
+def _left(model: Transformer, path: str) -> bool:
+  """Whether a parameter of the base is of no use to a model that has none like it."""
+  return bool(LEFT.fullmatch(path)) or not model.config.head.lm and bool(WORDS.fullmatch(path))
 
 
 def _fitted(path: str, theirs: Array, ours: Array, old_size: int, new_size: int) -> Array:

@@ -211,6 +211,18 @@ def _task(config: ConfigDict) -> Iterator[str]:
            "'prompt' or 'lora'.")
   if peft.method == 'prefix' and peft.encoder == 'lstm':
     yield "config.model.peft.encoder='lstm' makes embeddings; of a prefix take 'mlp' or 'none'."
+  values = {'lora': (int, bool), 'ia3': (str, bool), 'bottleneck': (bool,)}.get(peft.method, ())
+  for pattern, value in peft.sites:
+    if type(value) not in values:
+      yield (f'config.model.peft.sites: {pattern!r} has {value!r}, which method {peft.method!r} has no use for; lora takes '
+             "ranks, ia3 'in' or 'out', bottleneck True, and all of them False.")
+  if peft.method != 'none' and config.optim.freeze:
+    yield (f'config.optim.freeze={config.optim.freeze!r}: a delta is all that is trained; leave it empty, or narrow '
+           'config.model.peft.sites.')
+  weights = config.loss.class_weights
+  if weights and len(weights) != config.model.head.num_labels:
+    yield (f'config.loss.class_weights: {len(weights)} of them for config.model.head.num_labels='
+           f'{config.model.head.num_labels} classes; give each one.')
   if peft.base != 'same' and peft.method in ('none', 'bitfit'):
     yield (f'config.model.peft.base={peft.base!r} keeps weights that nobody trains; set config.model.peft.method, such as '
            "'lora'.")

@@ -11,7 +11,7 @@ from jaxlm import decode, losses, reading, sharding
 from jaxlm.data.examples import TaskBatches
 from jaxlm.data.pipeline import HeldoutBatches
 from jaxlm.measure import verdicts
-from jaxlm.models import stages
+from jaxlm.models import stages, virtual
 from jaxlm.models.transformer import Transformer
 from jaxlm.types import Tree
 
@@ -119,9 +119,10 @@ class Evaluators:
     return {f'eval/{name}/{metric}': value for metric, value in values.items()}
 
   def samples(self, params: Tree, step: int) -> Iterator[tuple[str, str]]:
-    """(prompt, continuation) of each prompt in the config; a prompt starts as documents do."""
+    """(prompt, continuation) of each prompt in the config; a prompt starts as documents do, and so has no virtual tokens:
+    of a model with such there are none."""
     settings, vocab = self._config.eval, self._tokenizer.vocab
-    if not settings.prompts or not reading.continues(self._model.config):
+    if not settings.prompts or not reading.continues(self._model.config) or virtual.count(self._model.config.peft):
       return
     start = [vocab.first] if self._config.data.bos and vocab.first is not None else []
     encoded, first = zip(*map(self._tokenizer.encode_prompt, settings.prompts))

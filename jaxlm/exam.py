@@ -144,10 +144,14 @@ def _normed(norm: str, answer: str, nats: float, tokens: int) -> float:
 
 
 def _preferred(lm: LM, task: Task, examples: Sequence[Example], prompts: Sequence[str], terms: Terms) -> list[int]:
-  """1 where the better answer is likelier, by token."""
+  """1 where the better answer is likelier, as `norm` compares them."""
   pairs = [(prompt, answer) for prompt, example in zip(prompts, examples)
            for answer in (example.second, example.choices[0])]
-  scores = [nats / max(tokens, 1) for nats, tokens, _ in lm.score(*map(list, zip(*pairs)), batch_size=terms.batch_size)]
+  found = lm.score(*map(list, zip(*pairs)), batch_size=terms.batch_size)
+  scores = [_normed(terms.norm, answer, nats, tokens) for (_, answer), (nats, tokens, _) in zip(pairs, found)]
+  if terms.norm == 'unconditional':
+    without = lm.score([''] * len(pairs), [answer for _, answer in pairs], batch_size=terms.batch_size)
+    scores = [score - nats for score, (nats, _, _) in zip(scores, without)]
   return [int(a > b) for a, b in zip(scores[::2], scores[1::2])]
 
 
@@ -172,8 +176,15 @@ def _documents(lm: LM, task: Task, examples: Sequence[Example], prompts: Sequenc
 
 
 def _answered_chats(lm: LM, task: Task, examples: Sequence[Example], prompts: Sequence[Any], terms: Terms) -> list[str]:
-  """The assistant's last turn, said again."""
-  return [lm.tokenizer.decode(ids) for ids in _generated(lm, task, examples, prompts, terms)]
+  """The assistant's last turn, said again, up to what ends a turn in the template."""
+  ends = [*task.stop, *filter(None, [rows_module.template_of(lm.config.data.template).eos])]
+  said = _generated(lm, dataclasses.replace(task, stop=tuple(ends)), examples, prompts, terms)
+  found = []
+  for ids in said:
+    text = lm.tokenizer.decode(ids, skip_special=False)
+    text = text[:min((at for at in map(text.find, ends) if at >= 0), default=len(text))]
+    found.append(lm.tokenizer.decode(ids) if text == lm.tokenizer.decode(ids, skip_special=False) else text)
+  return found
 
 
 ASKERS: dict[str, Asker] = {'text': _generated, 'span': _generated, 'classify': _ranked, 'choice': _ranked,
@@ -181,7 +192,15 @@ ASKERS: dict[str, Asker] = {'text': _generated, 'span': _generated, 'classify': 
 
 
 def _by_head(lm: LM, task: Task, examples: Sequence[Example], terms: Terms) -> list[Any]:
-  """What the label head says."""
+  """What the label head says.
+
+  Raises:
+    JaxlmError: the head has not as many labels as the task.
+  """
+  heads = {'regress': 1, 'span': 2}.get(task.kind, len(task.labels))
+  if lm.model.config.num_labels != heads:
+    raise JaxlmError(f'The label head of this model has {lm.model.config.num_labels} outputs, the task {heads}; take the '
+                     'model that was fine-tuned for it.')
   form = rows_module.form_of(lm.config, lm.tokenizer)
   form = dataclasses.replace(form, front=(), length=form.length - len(form.front))  # the model itself puts them there
   encoded = rows_module.encode(task, terms.split, form, examples)
@@ -230,7 +249,10 @@ def judged(task: Task, examples: Sequence[Example], answers: Sequence[Any]) -> t
   if task.kind == 'document':
     return metric, metric.rows([tuple(answer) for answer in answers])
   if task.kind == 'retrieve':
-    references = [[number] for number in range(len(examples))]
+    # One document a text: a query whose document another query has, too, is right with either.
+    numbers: dict[str, int] = {}
+    own = [numbers.setdefault(example.second, len(numbers)) for example in examples]
+    answers, references = [list(dict.fromkeys(own[i] for i in order)) for order in answers], [[number] for number in own]
   if task.kind == 'prefer':
     references = [1] * len(examples)
   if task.kind == 'chat':
@@ -296,14 +318,17 @@ def _asked(lm: LM, task: Task, asked: Sequence[Example], terms: Terms, kept: str
                     _fingerprint(lm) if kept else ''], sort_keys=True, default=str)
   known = _read_kept(kept, key)
   # Long ones first: a chunk pads to its longest, and what does not fit into memory shows at once.
-  order = sorted((i for i, e in enumerate(asked) if e.id not in known), key=lambda i: (-len(prompts[i]), i))
+  # By what is asked, too: a record may have changed since.
+  names = [hashlib.sha256(repr((e.id, prompt, e.second, e.choices, task.labels)).encode()).hexdigest()
+           for e, prompt in zip(asked, prompts)]
+  order = sorted((i for i, name in enumerate(names) if name not in known), key=lambda i: (-len(prompts[i]), i))
   for start in tqdm(range(0, len(order), CHUNK), unit='chunk', disable=None):
     chosen = order[start:start + CHUNK]
     answers = ask(lm, task, [asked[i] for i in chosen], [prompts[i] for i in chosen], terms)
     for i, answer in zip(chosen, answers):
-      known[asked[i].id] = answer
-    _keep(kept, key, {asked[i].id: known[asked[i].id] for i in chosen})
-  return [Said(e.id, prompt, known[e.id]) for e, prompt in zip(asked, prompts)]
+      known[names[i]] = answer
+    _keep(kept, key, {names[i]: known[names[i]] for i in chosen})
+  return [Said(e.id, prompt, known[name]) for e, prompt, name in zip(asked, prompts, names)]
 
 
 def _prompts(lm: LM, task: Task, asked: Sequence[Example], terms: Terms) -> list[Any]:

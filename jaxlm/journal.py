@@ -1,10 +1,12 @@
 """What a run tells of itself, and where it is."""
 import dataclasses
+import math
 from typing import Any, Callable
 
 import jax
 
 from jaxlm import trees
+from jaxlm.errors import RunFailed
 from jaxlm.evaluators import Evaluators
 from jaxlm.metrics import Meter, Writer, peak_flops
 from jaxlm.types import Array, Tree, TrainState
@@ -110,15 +112,24 @@ class Journal:
   def tired(self, step: int, position: Position) -> bool:
     """Whether config.checkpoint.patience evaluations have brought nothing better, this step's counted in."""
     settings = self.config.checkpoint
-    value = self.of(step).get(settings.best_metric)
-    if not settings.patience or value is None:
+    measured = [name for name in self.of(step) if name.startswith('eval/')]
+    if not settings.patience or not measured:
       return False
-    better = position.best is None or (value > position.best if settings.best_is_highest else value < position.best)
+    if settings.best_metric not in measured:
+      raise RunFailed(f'config.checkpoint.best_metric={settings.best_metric!r} is not measured; set it to one of '
+                      f'{", ".join(measured)}.')
+    value, sign = self.of(step)[settings.best_metric], 1 if settings.best_is_highest else -1
+    better = math.isfinite(value) and (position.best is None or sign * value > sign * position.best)
     position.best, position.waited = (value, 0) if better else (position.best, position.waited + 1)
-    if position.waited < settings.patience:
+    return self.is_tired(position)
+
+  def is_tired(self, position: Position) -> bool:
+    """Whether the run has waited long enough; one that has, and is started again, ends at once."""
+    settings = self.config.checkpoint
+    if not 0 < settings.patience <= position.waited:
       return False
-    self.writer.say(f'step {step}: {settings.best_metric} has not been better than {position.best:.4g} for '
-                    f'{position.waited} evaluations; the run ends here.')
+    self.writer.say(f'{settings.best_metric} has not been better than {position.best} for {position.waited} evaluations; '
+                    'the run ends here. Raise config.checkpoint.patience to go on.')
     return True
 
   def back(self, step: int, position: Position) -> None:

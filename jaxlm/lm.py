@@ -101,7 +101,7 @@ class LM:
                 source_mask: Any = None) -> list[Array]:
     """A layer: float32 [B, N, T, T], how much each token (row) of each head takes from each other; to look at.
 
-    The arguments of `logits`. Of an encoder-decoder it is the decoder's, among its own tokens.
+    The arguments of `logits`. Columns of virtual tokens come first. Of an encoder-decoder it is the decoder's, among its own tokens.
     """
     config = self.model.config
     if config.mixer != 'attention':
@@ -110,8 +110,12 @@ class LM:
     model = self.model.clone(config=dataclasses.replace(
         config, attention=dataclasses.replace(config.attention, kernel='dense')))
     see = lambda params, rows: model.apply({'params': params}, _batch(config, *rows), mutable='attention')[1]
-    seen, T = trees.flatten(jax.jit(see)(self.params, rows)), rows[0][0].shape[1]
-    return [seen[f'attention/stack/layer_{i}/attention/probs/0'][:, :, :T] for i in range(config.num_layers)]
+    T = rows[0][0].shape[1]
+    if self.front:
+      rows[-1] = self._behind_front(*rows[-1])
+    P = rows[0][0].shape[1] - T
+    seen = trees.flatten(jax.jit(see)(self.params, rows))
+    return [seen[f'attention/stack/layer_{i}/attention/probs/0'][:, :, P:P + T] for i in range(config.num_layers)]
 
   def _forward(self, tokens: Any, source: Any, mask: Any, source_mask: Any, what: str, types: Any = None) -> Array:
     rows = self._given(tokens, source, mask, source_mask)
@@ -121,8 +125,11 @@ class LM:
       rows[read] = self._behind_front(*rows[read])
       P = rows[0][0].shape[1] - T
     grown = [self._grown(*row) for row in rows]
+    if types is not None and self.model.config.embedding.token_types <= 1:
+      types = None  # a table of one row tells no texts apart; training reads none either
     if types is not None:
       types = np.asarray(types, np.int32)
+      reading.check_tokens(types, self.model.config.embedding.token_types, 'types')
       types = np.pad(types, [(0, n - m) for n, m in zip(grown[0][0].shape, types.shape)][:1] + [
           (P, grown[0][0].shape[1] - P - types.shape[1])])
     found = _outputs(self.model, self.params, *grown, what=what, types=types)
@@ -287,6 +294,8 @@ class LM:
   def embed(self, texts: Any, batch_size: int = 32) -> np.ndarray:
     """float32 [number of texts, D]: the mean of the last hidden states over a text's tokens, its start among them.
 
+    Of a model that was trained to embed (objective contrast) what config.model.head.pool says, as it was trained.
+
     Of an encoder-decoder, the encoder's. What encoders read ends as texts do in training, too.
 
     Args:
@@ -301,11 +310,12 @@ class LM:
         raise JaxlmError(f'Text {row} is empty, and this model has no token that begins a text; leave it out.')
       reading.check_length(self.model, len(found), f'Text {row}', 'Cut it into pieces.')
     means = np.zeros((len(texts), self.model.config.width), np.float32)
+    how = self.model.config.head.pool if self.config.objective.name == 'contrast' else 'mean'
     fronted = functools.partial(_fronted, self.front, self._encodes)
     prompts = [fronted(lambda found: Prompt([0], found), found) if self._encodes else fronted(Prompt, found)
                for found in ids]
     for rows, inputs in self._batches(prompts, batch_size):
-      means[rows] = np.asarray(_means(self.model, self.params, inputs))[:len(rows)]
+      means[rows] = np.asarray(_means(self.model, self.params, inputs, how))[:len(rows)]
     return means[0] if single else means
 
   def merged(self) -> 'LM':
@@ -481,13 +491,13 @@ def _scores(model: Transformer, params: Tree, inputs: reading.Inputs, targets_BT
   return jax.lax.with_sharding_constraint((-total(nll_BT), total(correct_BT)), model.layout.replicated)
 
 
-@functools.partial(jax.jit, static_argnames='model')
-def _means(model: Transformer, params: Tree, inputs: reading.Inputs) -> Array:
+@functools.partial(jax.jit, static_argnames=('model', 'how'))
+def _means(model: Transformer, params: Tree, inputs: reading.Inputs, how: str = 'mean') -> Array:
   if inputs.source_BS is not None:
-    hidden_BSD, tokens = model.apply({'params': params}, reading.sources(inputs), method='encode')
-    mean_BD = pool(hidden_BSD, virtual.real(model.config, inputs.source_BS, tokens.segments), 'mean')
+    hidden_BSD, tokens, _ = model.apply({'params': params}, reading.sources(inputs), method='encode')
+    mean_BD = pool(hidden_BSD, virtual.real(model.config, inputs.source_BS, tokens.segments), how)
   else:
     real_BT = _real(inputs.tokens_BT, inputs.lengths_B)
     mean_BD = pool(_outputs(model, params, (inputs.tokens_BT, real_BT), what='hidden'),
-                   virtual.real(model.config, inputs.tokens_BT, real_BT), 'mean')
+                   virtual.real(model.config, inputs.tokens_BT, real_BT), how)
   return jax.lax.with_sharding_constraint(mean_BD.astype(jnp.float32), model.layout.replicated)

@@ -6,13 +6,15 @@ import os
 from pathlib import Path
 from typing import Any, Mapping
 
+import jax
+
 from jaxlm import config as config_module
 from jaxlm import adopt, hf, objectives, reading, sharding, transfer, trees
 from jaxlm.checkpoint import Checkpoints
 from jaxlm.data import tokenizers
 from jaxlm.errors import JaxlmError
 from jaxlm.lm import LM
-from jaxlm.models import peft
+from jaxlm.models import peft, quantised
 from jaxlm.models.config import freeze
 from jaxlm.models.transformer import Transformer
 from jaxlm.rundir import RunDirectory
@@ -74,8 +76,13 @@ def _load_run(path: str, mesh: Any, dtype: str | None, base: LM | None) -> LM:
   chosen = _object(kept, 'config.json') | _object(kept, 'generation_config.json')
   params = found[1]
   if delta and base is not None:
+    shapes = jax.eval_shape(lambda tree: reading.unrolled(model, tree)[1], transfer.wanted(model))
     model, params = reading.unrolled(model, params)
-    params = trees.combine(base.params, params)
+    kept = quantised.quantised(base.params, model.config)
+    kept, _ = trees.partition(kept, trees.flatten(shapes).__contains__)  # a head of the base's own is not ours
+    params = trees.combine(kept, params)
+    if differences := trees.diff(shapes, params):
+      raise JaxlmError(f'{path} is no delta of this base: {differences[0]}')
   elif delta:
     params = trees.combine(adopt.base(config, model, tokenizer), params)
   return LM(config, model, params, tokenizer, eos=_ends_of(chosen, tokenizer) or None,

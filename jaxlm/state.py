@@ -100,6 +100,7 @@ def init_state(model: Transformer, config: Any) -> Shapes:
   axes = sharding.logical_axes(boxed)
   params = nn.meta.unbox(boxed)
   _check_rules(config.optim, params)
+  _check_sites(model.config.peft, params)
   trainable = lambda path: peft.is_trained(model.config.peft, path) and not any(
       trees.matches(pattern, path) for pattern in config.optim.freeze)
   stacked = {path: x.shape[0] for path, x in trees.flatten(params).items() if axes[path][:1] == ('layers',)}
@@ -177,6 +178,24 @@ def _check_rules(settings: Any, params: Tree) -> None:
                        f'{paths[0]!r}.')
   if all(any(trees.matches(pattern, path) for pattern in settings.freeze) for path in paths):
     raise JaxlmError('config.optim.freeze leaves no parameter to train; take a pattern out.')
+
+
+def _check_sites(settings: Any, params: Tree) -> None:
+  """Raises JaxlmError where a delta's pattern means nothing there is."""
+  if settings.method == 'none':
+    return
+  paths = list(trees.flatten(params))
+  places = {peft.site(path.split('/')[:n]) for path in paths for n in range(1, path.count('/') + 1)}
+  for pattern, value in settings.sites:
+    if value and not any(trees.matches(pattern, place) for place in places):
+      raise JaxlmError(f'config.model.peft.sites: {pattern!r} matches no place; there are '
+                       f'{", ".join(sorted(place for place in places if place.count("/") == 1)[:12])}.')
+  if settings.also and not any(trees.matches(settings.also, path) for path in paths):
+    raise JaxlmError(f'config.model.peft.also: {settings.also!r} matches no parameter; patterns match a whole path, such as '
+                     f'{paths[0]!r}.')
+  if settings.method != 'bitfit' and not any(map(peft.is_delta, paths)):
+    raise JaxlmError(f'config.model.peft.method={settings.method!r} adds nothing to this model; set config.model.peft.sites '
+                     'to places it has.')
 
 
 def whole(state: TrainState, frozen: Tree) -> TrainState:

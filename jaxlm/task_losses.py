@@ -9,7 +9,7 @@ import optax
 
 from jaxlm import losses, trees
 from jaxlm.losses import Sums, Vocabulary
-from jaxlm.models import peft
+from jaxlm.models import peft, virtual
 from jaxlm.models.transformer import Transformer, pool
 from jaxlm.preferences import PREFERENCES, Pairs, grpo, sequence_log_probs
 from jaxlm.types import Array, Tree
@@ -51,7 +51,7 @@ def labels_loss(model: Transformer, config: Any, params: Tree, batch: dict[str, 
   total, count = (loss * weights).sum(), weights.sum()
   told = {'loss': (total, count)} | ({} if correct is None else {'accuracy': ((correct * (weights > 0)).sum(),
                                                                              (weights > 0).sum().astype(jnp.float32))})
-  extra = losses.extra(model, output.aux, batch['label_weights'] if 'label_weights' in batch else weights.sum(1), told)
+  extra = losses.extra(model, output.aux, weights if weights.ndim == 1 else weights.sum(1), told)
   return total + extra, {'objective': (total + extra, count)} | told
 
 
@@ -67,10 +67,10 @@ def _of_classes(scores: Array, labels: Array, weights: Array, settings: Any) -> 
 # ---- embeddings --------------------------------------------------------------------------------------------------
 
 
-def embeddings(model: Transformer, params: Tree, batch: dict[str, Array], texts: int, rng: Array | None) -> Array:
+def embeddings(model: Transformer, hidden_BTD: Array, batch: dict[str, Array], texts: int) -> Array:
   """float32 [B, K, D]: each text of a row by itself, pooled as config.model.head.pool says."""
-  output = model.apply({'params': params}, batch, rng=rng, with_logits=False)
-  of_text = lambda k: pool(output.hidden, jnp.where(batch['segment_ids'] == k + 1, 1, 0), model.config.head.pool)
+  segments_BT = virtual.real(model.config, batch['tokens'], batch['segment_ids'])
+  of_text = lambda k: pool(hidden_BTD, jnp.where(segments_BT == k + 1, 1, 0), model.config.head.pool)
   return jnp.stack([of_text(k) for k in range(texts)], axis=1).astype(jnp.float32)
 
 
@@ -84,7 +84,8 @@ def contrast_loss(model: Transformer, config: Any, params: Tree, batch: dict[str
   arXiv:2205.13147.
   """
   settings = config.objective.contrast
-  texts_BKD = embeddings(model, params, batch, 2 + settings.negatives, rng)
+  output = model.apply({'params': params}, batch, rng=rng, with_logits=False)
+  texts_BKD = embeddings(model, output.hidden, batch, 2 + settings.negatives)
   B, K, D = texts_BKD.shape
   there_BK = (batch['segment_ids'][:, None] == jnp.arange(1, K + 1)[:, None]).any(-1)
   weights_B = batch['label_weights']
@@ -97,8 +98,9 @@ def contrast_loss(model: Transformer, config: Any, params: Tree, batch: dict[str
     nll_B = optax.softmax_cross_entropy_with_integer_labels(score_BX, own_B)
     total += (nll_B * weights_B).sum() / (len(settings.dims) + 1)
     correct_B = (score_BX.argmax(-1) == own_B).astype(jnp.float32)
-  count, told = weights_B.sum(), {}
+  count = weights_B.sum()
   told = {'loss': (total, count), 'accuracy': ((correct_B * weights_B).sum(), count)}
+  total += losses.extra(model, output.aux, weights_B, told)
   return total, {'objective': (total, count)} | told
 
 
@@ -155,10 +157,11 @@ def _pairs(model: Transformer, vocabulary: Vocabulary, params: Tree, batch: dict
 
 
 def needs_reference(config: Any) -> bool:
-  """Whether a frozen copy of the parameters at the start must be kept."""
+  """Whether a frozen copy of the parameters at the start must be kept: not where the model without its delta is that."""
   objective = config.objective
   compares = {'prefer': PREFERENCES[objective.prefer.loss].reference, 'grpo': objective.grpo.kl_weight > 0}
-  return compares.get(objective.name, False) and config.model.peft.method not in ('lora', 'ia3', 'bottleneck')
+  leaves = config.model.peft.method in ('lora', 'ia3', 'bottleneck') and not config.model.peft.also
+  return compares.get(objective.name, False) and not leaves
 
 
 # ---- rewards -----------------------------------------------------------------------------------------------------

@@ -83,7 +83,8 @@ def make_step(loss_fn: LossFn, shapes: Shapes, config: Any):
     rng = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
     scale = None if state.loss_scale is None else state.loss_scale.value
     grads, sums = accumulated(state.params, frozen, batch, rng, scale)
-    share = 1 / jnp.maximum(sums['objective'][1], 1) / (1 if scale is None else scale)
+    some = lambda count: jnp.where(count > 0, count, 1)
+    share = 1 / some(sums['objective'][1]) / (1 if scale is None else scale)
     norm = optim.global_norm(grads) * share
     # Known before the update begins: where squares of the gradient can be summed, what an optimizer makes of them is
     # finite. A choice between old and new arrays after it would keep copies of the optimizer's.
@@ -92,7 +93,7 @@ def make_step(loss_fn: LossFn, shapes: Shapes, config: Any):
     if scale is not None:
       new = new.replace(loss_scale=rescaled(state.loss_scale, finite))
       finite |= jnp.isfinite(sums['objective'][0]) & (scale > LEAST_SCALE)
-    metrics = {f'train/{name}': total / jnp.maximum(n, 1) for name, (total, n) in sums.items()}
+    metrics = {f'train/{name}': total / some(n) for name, (total, n) in sums.items()}
     metrics |= {'train/grad_norm': norm, 'train/lr': rate(state.step), 'finite': finite, 'targets': sums['loss'][1]}
     if scale is not None:
       metrics['train/loss_scale'] = scale
@@ -357,7 +358,8 @@ def train(parts: Run, workdir: str, signals: Signals, watch: Watch, step: int, s
 
   signals.looping = True
   try:
-    while step < config.steps:
+    tired = journal.is_tired(position)
+    while step < config.steps and not tired:
       first, size = position.examples, sizes(position.examples)
       batch, said = parts.batch(batches, step, state, frozen, position, size)
       state, metrics = parts.step_fn(state, frozen, batch)
@@ -383,8 +385,6 @@ def train(parts: Run, workdir: str, signals: Signals, watch: Watch, step: int, s
       tired = journal.tired(step, position)
       if due(step, config.save_every) or ending or tired:
         save()
-      if tired:
-        break
       if stop and step < config.steps:
         checkpoints.wait()
         raise Preempted(f'{signals.received or "another process"} at step {step}; saved in {workdir}. Run the same '

@@ -47,7 +47,7 @@ BATCH = {
     'labels': ('B', 'the class of a row (whether two texts follow each other)'),
     'label_weights': ('B', 'how much it counts; of rows with label_values and span_labels, too'),
     'label_values': ('BC', 'numbers to tell of a row: one, or for each of C labels 1 or 0'),
-    'span_labels': ('B2', 'the first and the last column of an answer; 0 and 0, the first of the row, where there is none'),
+    'span_labels': ('B2', 'the first and the last column of an answer; twice the first column of text where there is none'),
     'token_labels': ('BT', 'the tag of each token'),
     'token_label_weights': ('BT', 'how much it counts: a word is told by its first piece'),
     'advantages': ('B', 'of a rollout: how much better it was than others for the same prompt'),

@@ -8,7 +8,7 @@ import pytest
 import jaxlm
 from jaxlm import checkpoint, sharding, train, trees
 from jaxlm import config as base
-from jaxlm.errors import JaxlmError, Preempted
+from jaxlm.errors import JaxlmError, Preempted, RunFailed
 from jaxlm.metrics import read_jsonl
 from jaxlm.models import peft
 
@@ -242,7 +242,44 @@ def test_training_ends_when_nothing_gets_better_and_the_best_checkpoint_stays(wo
            if 'eval/validation/accuracy' in line}
   last, best = max(lines), min(step for step, value in lines.items() if value == max(lines.values()))
   assert last == best + 4 < 40
+  train.run(config, f'{tmp_path}/run')  # again: it has waited long enough
+  assert max(line['step'] for line in read_jsonl(f'{tmp_path}/run/metrics.jsonl')) == last
   assert best in checkpoint.Checkpoints(f'{tmp_path}/run/checkpoints', read_only=True).steps()
+
+
+def test_a_delta_beside_a_quantised_base_is_the_same_whoever_read_the_base(world, tmp_path):
+  tasks, runs = world
+  config = tuned(tasks, 'classify', 'classify', 'encoder', runs['encoder'], steps=2, **{
+      'model.peft.method': 'lora', 'model.peft.base': 'int8', 'model.peft.block': 8})
+  train.run(config, f'{tmp_path}/run')
+  assert any(p.startswith('params/labels/') for p in saved(f'{tmp_path}/run', 2))  # no base can know its head
+  ids = np.arange(97, 105)[None]
+  alone, beside = jaxlm.load(f'{tmp_path}/run'), jaxlm.load(f'{tmp_path}/run', base=jaxlm.load(runs['encoder']))
+  np.testing.assert_array_equal(alone.scores(ids), beside.scores(ids))
+
+
+def test_patterns_and_settings_that_mean_nothing_are_told(world, tmp_path):
+  tasks, runs = world
+  lora = {'model.peft.method': 'lora'}
+  cases = (
+      (lora | {'model.peft.sites': (('attn/q', True),)}, "sites: 'attn/q' matches no place; there are attention/key"),
+      (lora | {'model.peft.also': 'lables/.*'}, "also: 'lables/.*' matches no parameter"),
+      (lora | {'model.peft.sites': (('attention/query', 'in'),)}, "sites: 'attention/query' has 'in', which method 'lora'"),
+      (lora | {'optim.freeze': ('.*value.*',)}, 'a delta is all that is trained'),
+      ({'loss.class_weights': (1.0, 2.0)}, '2 of them for config.model.head.num_labels=8 classes'),
+      ({'eval_every': 1, 'checkpoint.patience': 1, 'checkpoint.best_metric': 'eval/validation/acuracy'},
+       "best_metric='eval/validation/acuracy' is not measured; set it to one of .*eval/validation/accuracy"))
+  for i, (changes, told) in enumerate(cases):
+    with pytest.raises((JaxlmError, RunFailed), match=told):
+      train.run(tuned(tasks, 'classify', 'classify', 'encoder', runs['encoder'], **changes), f'{tmp_path}/{i}')
+
+
+def test_small_class_weights_change_no_rate(world, tmp_path):
+  tasks, runs = world
+  for name, weight in (('small', 0.01), ('one', 1.0)):
+    train.run(tuned(tasks, 'classify', 'classify', 'encoder', runs['encoder'], steps=3, eval_every=0, **{
+        'loss.class_weights': (weight,) * 8}), f'{tmp_path}/{name}')
+  np.testing.assert_allclose(losses(f'{tmp_path}/small'), losses(f'{tmp_path}/one'), rtol=1e-5)
 
 
 def test_a_base_of_another_shape_is_refused_by_name(world, tmp_path):

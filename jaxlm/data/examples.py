@@ -56,6 +56,7 @@ class Form:
     template: of conversations.
     stride: tokens that windows of a context share.
     refuses: whether an example that does not fit is an error; else it is left out.
+    negatives: documents beside a query's own.
   """
   tokenizer: Tokenizer
   length: int
@@ -66,6 +67,7 @@ class Form:
   template: templates.Template | None = None
   stride: int = 128
   refuses: bool = True
+  negatives: int = 0
 
   @property
   def begin(self) -> list[int]:
@@ -134,7 +136,8 @@ def offsets(tokenizer: Tokenizer, text: str) -> tuple[list[int], list[tuple[int,
 
 
 def _spans(form: Form, example: Example) -> Iterator[Row]:
-  """[first] question [last] window of the context [last]; an answer that is not whole in a window is not there."""
+  """[first] question [last] window of the context [last]; an answer that is not whole in a window is not there, and said
+  to be at the first column of text."""
   begin, end = form.begin, form.end
   question = form.tokenizer.encode(example.input)[:form.length // 2]
   head = [*begin, *question, *end]
@@ -145,7 +148,7 @@ def _spans(form: Form, example: Example) -> Iterator[Row]:
   for first in range(0, max(len(ids) - min(form.stride, room // 2), 1), room - min(form.stride, room // 2)):
     window = ids[first:first + room]
     here = bool(inside) and first <= inside[0] and inside[-1] < first + len(window)
-    labels = [len(head) + i - first for i in (inside[0], inside[-1])] if here else [0, 0]
+    labels = [len(head) + i - first for i in (inside[0], inside[-1])] if here else [len(form.front)] * 2
     yield Row((_joined(_plain(head), _plain([*window, *end], type=1)),), np.array(labels, np.int32), (len(head), first))
 
 
@@ -193,7 +196,7 @@ def _conversation(form: Form, example: Example) -> Iterator[Row]:
 
 def _retrieved(form: Form, example: Example) -> Iterator[Row]:
   """The query, its document, and those that are not its, each a text."""
-  texts = [example.input, example.second, *example.choices]
+  texts = [example.input, example.second, *example.choices[:form.negatives]]
   room = _fitting(example, form.length // len(texts) - len(form.begin) - len(form.end))
   yield Row(tuple(_plain([*form.begin, *form.tokenizer.encode(text)[:room], *form.end]) for text in texts))
 
@@ -219,7 +222,7 @@ def form_of(config: Any, tokenizer: Tokenizer) -> Form:
     target = config.objective.answer.target_length or length
   left_to_right = config.objective.name in ('answer', 'prefer') and not target
   return Form(tokenizer, length + left_to_right, target, front, data.bos, data.eos, template_of(data.template), data.stride,
-              data.too_long == 'refuse')
+              data.too_long == 'refuse', config.objective.contrast.negatives)
 
 
 def template_of(name: str) -> templates.Template:

@@ -13,7 +13,7 @@ import json
 from pathlib import Path
 from typing import Any, Callable, Iterator, Mapping
 
-from jaxlm.data import stdlib_tasks, tables
+from jaxlm.data import stdlib_tasks, tables, templates
 from jaxlm.data.files import decoded, lines, matching
 from jaxlm.errors import JaxlmError
 from jaxlm.lookup import lookup, nearest
@@ -114,7 +114,7 @@ def _table(paths: str, split: str, delimiter: str) -> Iterator[tuple[str, Record
   """Lines of columns under a header."""
   del split
   for path in matching(paths):
-    text = decoded(b''.join(line for line, _ in lines(path, 0)), path, 0)
+    text = decoded(b''.join(line for line, _ in lines(path, 0)), path, 0).removeprefix('\ufeff')
     reader = csv.DictReader(io.StringIO(text), delimiter=delimiter, strict=True)
     try:
       for record in reader:
@@ -202,7 +202,13 @@ def _template(source: str):
   """A compiled jinja2 template; a field that is missing is an error."""
   import jinja2
   from jinja2.sandbox import ImmutableSandboxedEnvironment
-  environment = ImmutableSandboxedEnvironment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
+
+  def there(value):
+    if value is None:
+      raise jinja2.TemplateError('a field is null')
+    return value
+
+  environment = ImmutableSandboxedEnvironment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True, finalize=there)
   try:
     return environment.from_string(source)
   except jinja2.TemplateError as e:
@@ -239,9 +245,9 @@ def _is_texts(value: Any) -> bool:
 
 def label_number(task: Task, id: str, value: Any) -> int:
   """The number of a label that is given by name, or by number where that is no name."""
-  if value in task.labels:
-    return task.labels.index(value)
-  if str(value).isdigit() and int(value) < len(task.labels):
+  if str(value) in task.labels:
+    return task.labels.index(str(value))
+  if str(value).isdecimal() and int(value) < len(task.labels):
     return int(value)
   raise JaxlmError(f'{id}: unknown label {value!r}; the task has {", ".join(map(repr, task.labels[:12]))}'
                    f'{" …" * (len(task.labels) > 12)}. Mend the record, or the labels of the task.'
@@ -283,7 +289,8 @@ def _span(task: Task, id: str, record: Record, make: Callable[[str], str]) -> di
   context = make(task.second)
   if 'answers' in record:
     answers = _field(task, 'answers', id, record, "{'text': […], 'answer_start': […]}", lambda x: isinstance(
-        x, dict) and _is_texts(x.get('text')) and len(x['text']) == len(x.get('answer_start', ())))
+        x, dict) and _is_texts(x.get('text')) and isinstance(x.get('answer_start'), (list, tuple)) and len(x['text']) == len(
+            x['answer_start']) and all(type(start) is int for start in x['answer_start']))
     texts, starts = answers['text'], answers['answer_start']
   else:
     texts = [_field(task, 'answer', id, record, 'text', lambda x: isinstance(x, str))]
@@ -307,8 +314,13 @@ def _choice(task: Task, id: str, record: Record, make: Callable[[str], str]) -> 
   if not choices:
     raise JaxlmError(f'{id}: there is nothing to choose from; mend or remove the record.')
   value = make(task.target)
-  number = choices.index(value) if value in choices else int(value) if value.isdigit() else -1
-  if not 0 <= number < len(choices):
+  readings = {choices.index(value)} if value in choices else set()
+  readings |= {int(value)} if value.isdecimal() and int(value) < len(choices) else set()
+  if len(readings) > 1:
+    raise JaxlmError(f'{id}: target {value!r} is one of the choices, and the number of another; give the number of every '
+                     'target, or none.')
+  number = next(iter(readings), -1)
+  if number < 0:
     raise JaxlmError(f'{id}: target {value!r} is none of the {len(choices)} choices, nor the number of one; mend or remove '
                      'the record.')
   return dict(choices=choices, target=number)
@@ -320,8 +332,11 @@ def _retrieved(task: Task, id: str, record: Record, make: Callable[[str], str]) 
 
 
 def _conversation(task: Task, id: str, record: Record, make: Callable[[str], str]) -> dict[str, Any]:
-  return dict(input='', messages=tuple(_field(task, 'messages', id, record, 'a list of messages', lambda x: isinstance(
-      x, (list, tuple)) and all(isinstance(m, Mapping) for m in x))))
+  messages = _field(task, 'messages', id, record, 'a list of messages', lambda x: isinstance(x, (list, tuple)) and all(
+      isinstance(m, Mapping) for m in x))
+  if faults := templates.check(messages):
+    raise JaxlmError(f'{id}: {faults[0]}')
+  return dict(messages=tuple(messages))
 
 
 def _document(task: Task, id: str, record: Record, make: Callable[[str], str]) -> dict[str, Any]:
@@ -418,6 +433,9 @@ def described(values: Any, where: str) -> Task:
     wanted = {'files': dict, 'fields': dict, 'labels': list, 'stop': list, 'max_new_tokens': int, 'held_out': int}.get(key, str)
     if not isinstance(value, wanted):
       raise JaxlmError(f'{where}: {key} wants {wanted.__name__}, got {value!r}.')
+    inside = value.values() if wanted is dict else value if wanted is list else ()
+    if not all(isinstance(x, str) for x in inside):
+      raise JaxlmError(f'{where}: {key} wants texts inside, got {value!r}.')
   lookup(KINDS, values['kind'], 'kind of task')
   return Task(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
 

@@ -5,6 +5,7 @@ import numpy as np
 
 from jaxlm.data.examples import Encoded, Form, offsets
 from jaxlm.data.tasks import KINDS, Example, Task
+from jaxlm.lookup import lookup
 from jaxlm.measure.scores import METRICS, Metric
 
 LONGEST = 30  # tokens of an answer that is extracted
@@ -12,7 +13,7 @@ LONGEST = 30  # tokens of an answer that is extracted
 
 def metric_of(task: Task) -> Metric:
   """The measure of a task."""
-  return METRICS[task.metric or KINDS[task.kind].metric]
+  return lookup(METRICS, task.metric or KINDS[task.kind].metric, 'measure')
 
 
 def of_scores(task: Task, examples: Sequence[Example], encoded: Encoded, form: Form, scores: np.ndarray) -> dict[str, float]:
@@ -48,18 +49,18 @@ def predicted(task: Task, examples: Sequence[Example], encoded: Encoded, form: F
 
 
 def _tags(task: Task, examples: Sequence[Example], encoded: Encoded, scores: np.ndarray) -> list[list[str]]:
-  """A tag for each word, at its first piece; words beyond the window have the first tag."""
-  found = []
+  """A tag for each word, at its first piece; words beyond the window have none, 'O', or the first there is."""
+  found, outside = [], 'O' if 'O' in task.labels else task.labels[0]
   for number, example in enumerate(examples):
     a, b = encoded.begins[encoded.first[number]], encoded.begins[encoded.first[number + 1]]
     columns = np.flatnonzero(encoded.marks[a:b] >= 0)
     said = [task.labels[tag] for tag in scores[number, columns].argmax(-1)]
-    found.append(said + [task.labels[0]] * (len(example.target) - len(said)))
+    found.append(said + [outside] * (len(example.target) - len(said)))
   return found
 
 
 def _spans(examples: Sequence[Example], encoded: Encoded, form: Form, scores: np.ndarray) -> list[str]:
-  """The best stretch of any window of each example's context; '' where the first column of the row is better than all."""
+  """The best stretch of any window of each example's context; '' where the first column of text is better than all."""
   rows: list[list[int]] = [[] for _ in examples]
   for row, number in enumerate(encoded.record.tolist()):
     rows[number].append(row)
@@ -75,7 +76,7 @@ def _spans(examples: Sequence[Example], encoded: Encoded, form: Form, scores: np
       ends = np.arange(len(pair)) - np.arange(len(pair))[:, None]  # tokens from the first to the last
       pair = np.where((ends >= 0) & (ends < LONGEST), pair, -np.inf)
       i, j = np.unravel_index(pair.argmax(), pair.shape)
-      value = pair[i, j] - start[0] - end[0]
+      value = pair[i, j] - start[len(form.front)] - end[len(form.front)]
       if value > best:
         best = value
         said = example.second[places[first + i][0]:places[first + j][1]] if value > 0 else ''

@@ -57,10 +57,11 @@ def is_delta(path: str) -> bool:
 
 
 def is_trained(peft: PeftConfig, path: str) -> bool:
-  """Whether a parameter is trained, stored and saved: the delta; of BitFit the biases; and what the config names."""
+  """Whether a parameter is trained, stored and saved: the delta; of BitFit the biases; a label head, which no base can
+  know; and what the config names."""
   if peft.method == 'none':
     return True
-  return (is_delta(path) or peft.method == 'bitfit' and path.rpartition('/')[2] in ('bias', 'head_bias')
+  return (is_delta(path) or path.startswith(('labels/', 'pooler/')) or peft.method == 'bitfit' and path.rpartition('/')[2] in ('bias', 'head_bias')
           or bool(peft.also) and trees.matches(peft.also, path))
 
 

@@ -145,8 +145,10 @@ class Tower(nn.Module):
     return x_BTD, self.final_norm(x_BTD) if config.residual.final_norm else x_BTD, cache, aux
 
   def _virtual(self, side: Side) -> Array | None:
-    """Which virtual token of a prefix stands in each column of keys; None without a prefix."""
-    return virtual.numbers(self.config, side.ids_BT) if self.config.peft.method == 'prefix' else None
+    """Which virtual token of a prefix stands in each column of keys; None without a prefix, and where an encoder reads
+    them, in whose source they stand."""
+    asks = self.config.peft.method == 'prefix' and self.config.structure != 'encoder_decoder'
+    return virtual.numbers(self.config, side.ids_BT) if asks else None
 
   def _rotations(self, tokens: Tokens, side: Side):
     """(rotations of layers without a window, of those with one or None)."""
@@ -265,7 +267,8 @@ class Transformer(Tower):
     source, aux = None, {}
     if config.structure == 'encoder_decoder' and 'source_tokens' in batch:
       hidden_BSD, read, aux = self.encode(batch, fold(keys_B, TOWER))
-      source = hidden_BSD, read, self._virtual(_side(batch, 'source_', 'full', None, cached=False))
+      prefixed = config.peft.method == 'prefix'
+      source = hidden_BSD, read, virtual.numbers(config, batch['source_tokens']) if prefixed else None
     if 'memory_tokens' in batch:
       cache = self._remember(batch)
     x_BTE = self.embedded(self._words(side.ids_BT), side)

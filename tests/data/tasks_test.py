@@ -44,7 +44,20 @@ def test_every_kind_reads_its_fields(tmp_path):
   assert one('choice', dict(text='a', choices=['x', 'y'], label='y')).target == 1
   assert one('retrieve', dict(text='a', doc='b', negatives=['c']), second='{{ doc }}').choices == ('c',)
   assert one('prefer', dict(text='a', good='b', rejected='c'), second='{{ good }}').choices == ('c',)
-  assert one('chat', dict(messages=[dict(role='user', content='hi')])).messages[0]['content'] == 'hi'
+  turns = [dict(role='user', content='hi'), dict(role='assistant', content='yo')]
+  assert one('chat', dict(messages=turns)).messages[1]['content'] == 'yo'
+
+
+def test_whole_numbers_are_names_before_they_are_numbers(tmp_path):
+  task = Task('multi_label', files={'train': written(tmp_path, [dict(text='a', labels=[1, 10]), dict(text='b', labels=[2, 3])])},
+              held_out=0)
+  named = tasks.named_labels(task)
+  assert named.labels == ('1', '10', '2', '3')
+  assert [e.target for e in tasks.examples(named, 'train')] == [(1, 1, 0, 0), (0, 0, 1, 1)]
+  one = lambda record: of(tmp_path, 'choice', [record])[0].target
+  assert one(dict(text='a', choices=['7', '8'], label=1)) == 1 and one(dict(text='a', choices=['7', '8'], label='7')) == 0
+  with pytest.raises(JaxlmError, match="target '1' is one of the choices, and the number of another"):
+    one(dict(text='a', choices=['1', '2'], label=1))
 
 
 BROKEN = '{"text": "a", "label": '
@@ -64,6 +77,11 @@ FAULTS = {
     'an empty target': ('text', [dict(text='a', label=' ')], {}, ':1: the target is empty'),
     'choices that are no list': ('choice', [dict(text='a', choices='xy', label='x')], {}, r":1: field 'choices' wants a list of "
                                  "texts, got 'xy'"),
+    'a null': ('text', [dict(text=None, label='a')], {}, ':1: template .*: a field is null'),
+    'a conversation without an answer': ('chat', [dict(messages=[dict(role='user', content='a')])], {}, ':1: .*assistant'),
+    'places that are no numbers': ('span', [dict(text='q', answers=dict(text=['a'], answer_start=['0']))],
+                                   dict(second='a'), ":1: field 'answers' wants"),
+    'a label that only looks like a number': ('classify', [dict(text='a', label='\u00b2')], {}, ":1: unknown label"),
     'a template that is none': ('classify', [dict(text='a', label='no')], dict(input='{{ text'), 'Template .*'),
 }
 
@@ -127,7 +145,8 @@ def test_a_task_is_described_by_a_file(tmp_path):
   path.write_text(json.dumps(values), encoding='utf-8')
   assert tasks.make(str(path)) == Task('text', files={'train': 'x.jsonl'}, stop=('\n',), max_new_tokens=5)
   for change, told in ((dict(kind='guess'), "Unknown kind of task 'guess'"), (dict(stopp=[]), "unknown key 'stopp'.*stop"),
-                       (dict(stop='x'), "stop wants list, got 'x'")):
+                       (dict(stop='x'), "stop wants list, got 'x'"),
+                       (dict(files={'train': ['x']}), 'files wants texts inside')):
     path.write_text(json.dumps(values | change), encoding='utf-8')
     with pytest.raises(JaxlmError, match=told):
       tasks.make(str(path))
