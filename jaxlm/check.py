@@ -30,7 +30,6 @@ NAMED = {
     'model.remat': (stack.REMAT, 'remat policy'),
     'data.packing': (plans.PLANNERS, 'packing'),
     'data.source': (sources.SOURCES, 'source'),
-    'objective.grpo.verifier': (rollouts.VERIFIERS, 'verifier'),
 }
 
 
@@ -193,6 +192,10 @@ def _parallel(config: ConfigDict) -> Iterator[str]:
 
 
 def _task(config: ConfigDict) -> Iterator[str]:
+  try:
+    rollouts.grader_of(config.objective.grpo.verifier)
+  except JaxlmError as e:
+    yield f'config.objective.grpo.verifier: {e}'
   data, name, peft = config.data, config.objective.name, config.model.peft
   learns = name in objectives.ANSWERS
   if data.task and not learns:

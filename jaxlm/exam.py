@@ -21,6 +21,7 @@ from jaxlm.errors import JaxlmError
 from jaxlm.lm import LM
 from jaxlm.lookup import lookup
 from jaxlm.measure import baselines, intervals, sandbox, verdicts
+from jaxlm.rewards import rewards
 
 CHUNK = 64  # examples between two savings of what has been said
 NORMS = ('sum', 'token', 'byte', 'unconditional')  # of the scores of choices
@@ -144,7 +145,11 @@ def _normed(norm: str, answer: str, nats: float, tokens: int) -> float:
 
 
 def _preferred(lm: LM, task: Task, examples: Sequence[Example], prompts: Sequence[str], terms: Terms) -> list[int]:
-  """1 where the better answer is likelier, as `norm` compares them."""
+  """1 where the better answer is likelier, as `norm` compares them; of a reward model, has the higher score."""
+  if lm.model.config.head.labels == 'sequence':
+    better, worse = (rewards(lm, examples, texts, terms.batch_size) for texts in (
+        [e.second for e in examples], [e.choices[0] for e in examples]))
+    return [int(a > b) for a, b in zip(better, worse)]
   pairs = [(prompt, answer) for prompt, example in zip(prompts, examples)
            for answer in (example.second, example.choices[0])]
   found = lm.score(*map(list, zip(*pairs)), batch_size=terms.batch_size)

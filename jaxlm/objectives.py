@@ -101,13 +101,14 @@ FITS: dict[str, dict[str, str]] = {
     'next_sentence': dict(encoder='full'), 'sentence_order': dict(encoder='full'),
     **{name: dict(encoder='full', **_LEFT_TO_RIGHT) for name in ('classify', 'multi_label', 'regress', 'tag', 'extract',
                                                                  'contrast')},
+    'reward': dict(encoder='full', **_LEFT_TO_RIGHT),
     'answer': dict(encoder_decoder='causal', **_LEFT_TO_RIGHT), 'prefer': _LEFT_TO_RIGHT, 'grpo': _LEFT_TO_RIGHT,
 }
 
 # objective -> the kinds of task (`data.task`) whose answers it learns
 ANSWERS: dict[str, tuple[str, ...]] = {
     'classify': ('classify',), 'multi_label': ('multi_label',), 'regress': ('regress',), 'tag': ('tag',),
-    'extract': ('span',), 'contrast': ('retrieve',), 'answer': ('text', 'chat', 'choice'), 'prefer': ('prefer',),
+    'extract': ('span',), 'contrast': ('retrieve',), 'answer': ('text', 'chat', 'choice'), 'prefer': ('prefer',), 'reward': ('prefer',),
     'grpo': ('text',),
 }
 
@@ -125,6 +126,7 @@ NEEDS: dict[str, tuple[tuple[str, Callable[[Any], bool], str], ...]] = {
     **{name: (('head.labels', lambda head, wanted=wanted: head == wanted, repr(wanted)),) for name, wanted in (
         ('classify', 'sequence'), ('multi_label', 'sequence'), ('regress', 'sequence'), ('tag', 'token'),
         ('extract', 'span'))},
+    'reward': (('head.labels', lambda head: head == 'sequence', "'sequence'"), ('head.num_labels', lambda n: n == 1, '1')),
 }
 
 
@@ -168,7 +170,7 @@ def mismatch(config) -> str | None:
   return _settings_fault(config) or _sentinels_missing(config)
 
 
-WITHOUT_WORDS = ('classify', 'multi_label', 'regress', 'tag', 'extract', 'contrast')  # predict no tokens
+WITHOUT_WORDS = ('classify', 'multi_label', 'regress', 'tag', 'extract', 'contrast', 'reward')  # predict no tokens
 
 
 def _settings_fault(config) -> str | None:
@@ -302,6 +304,11 @@ def _empty_pair(seq_len: int, target: int) -> Item:
 def contrast(config, vocab) -> Objective:
   """Embeddings of queries near to those of their documents, and far from those of others."""
   return _task(config, answers.embedded, loss='contrast')
+
+
+def reward(config, vocab) -> Objective:
+  """A number for an answer, higher for the better of two."""
+  return _task(config, answers.embedded, loss='reward')
 
 
 def prefer(config, vocab) -> Objective:
@@ -503,5 +510,5 @@ OBJECTIVES = {
     'translation': translation, 'next_sentence': next_sentence, 'sentence_order': sentence_order,
     'permutation': permutation, 'infilling': infilling, 'span': span, 'ul2': ul2, 'denoising': denoising,
     'classify': classify, 'multi_label': multi_label, 'regress': regress, 'tag': tag, 'extract': extract,
-    'answer': answer, 'contrast': contrast, 'prefer': prefer, 'grpo': grpo,
+    'answer': answer, 'contrast': contrast, 'prefer': prefer, 'reward': reward, 'grpo': grpo,
 }

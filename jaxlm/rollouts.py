@@ -1,14 +1,16 @@
 """Rollouts: answers that the policy writes to a task's questions, and what a verifier gives for them, as batches."""
 import bisect
 import dataclasses
+import functools
 import math
+import os
 from typing import Any, Callable, Sequence
 
 import jax
 from jax.experimental import multihost_utils
 import numpy as np
 
-from jaxlm import decode, losses, task_losses, trees
+from jaxlm import decode, loading, losses, task_losses, trees
 from jaxlm.data import examples as examples_module
 from jaxlm.data import tasks
 from jaxlm.data.examples import Encoded, TaskData, TaskStream
@@ -17,10 +19,12 @@ from jaxlm.data.tasks import Example, Task
 from jaxlm.data.tokenizers import Tokenizer
 from jaxlm.errors import JaxlmError
 from jaxlm.evaluators import Evaluators
+from jaxlm.lm import LM
 from jaxlm.lookup import lookup
 from jaxlm.measure import sandbox
 from jaxlm.models.transformer import Transformer
 from jaxlm.preferences import group_advantages
+from jaxlm.rewards import rewards
 from jaxlm.sampling import Sampling
 from jaxlm.types import Array, Ids, Tree, TrainState
 
@@ -58,17 +62,34 @@ def passes(task: Task, examples: Sequence[Example], texts: Sequence[str]) -> lis
 VERIFIERS: dict[str, Grader] = {'exact': each(exact), 'contains': each(contains), 'program': passes}
 
 
+def grader_of(name: str) -> Grader:
+  """What grades answers: a key of VERIFIERS, the run directory of a reward model, or "module:function" of (example, text)
+  -> reward.
+
+  Raises:
+    JaxlmError: none of them.
+  """
+  if os.path.isdir(name):
+    return lambda task, examples, texts: rewards(_reward_model(name), examples, texts)
+  return VERIFIERS.get(name) or each(lookup(VERIFIERS, name, 'verifier'))
+
+
+@functools.lru_cache(1)
+def _reward_model(path: str) -> LM:
+  return loading.load(path)
+
+
 def graded(name: str, task: Task, examples: Sequence[Example], texts: Sequence[str]) -> np.ndarray:
   """float32, the reward of each text. One process of a run asks the verifier, and tells the others.
 
   Args:
-    name: a key of VERIFIERS, or "module:function" of (example, text) -> reward.
+    name: as `grader_of` takes it.
   Raises:
     JaxlmError: no such verifier, or one that gives something else than finite numbers.
   """
   found = np.zeros(len(texts), np.float32)
   if jax.process_index() == 0:
-    grade = VERIFIERS.get(name) or each(lookup(VERIFIERS, name, 'verifier'))
+    grade = grader_of(name)
     for i, reward in enumerate(grade(task, examples, texts)):
       if not isinstance(reward, (bool, int, float, np.number, np.bool_)) or not math.isfinite(reward):
         raise JaxlmError(f'config.objective.grpo.verifier={name!r} gave {reward!r} for an answer to {examples[i].id}; '

@@ -282,13 +282,16 @@ SCHEMA: dict[str, Any] = dict(
             smoothing=Key(0.0, Check('at least 0 and below 0.5', lambda x: 0 <= x < 0.5)),  # dpo: of labels that are wrong
             odds_weight=Key(0.1, above(0.0)),        # orpo
         ),
+        reward=dict(                                 # a number for an answer, by pairs (Bradley and Terry)
+            centring=Key(0.0, at_least(0.0)),        # of the squared sum of both numbers, which pairs leave free: 0.01
+        ),
         grpo=dict(                                   # the policy's own answers, by a verifier's reward (Shao et al. 2024)
             group=Key(8, at_least(2)),               # answers to a question: batch_size / this are asked
             max_new_tokens=Key(512, at_least(1), ref('seq_len', then=lambda n: n // 2)),  # of an answer; other columns
             # are the question's
             temperature=Key(1.0, above(0.0)),        # of the policy, when it writes and when it learns
-            verifier=Key('exact', name()),           # exact contains program (the task's, in a sandbox), or
-            # "module:function" of (example, answer) -> reward
+            verifier=Key('exact', name()),           # exact contains program (the task's, in a sandbox), the run of a
+            # reward model, or "module:function" of (example, answer) -> reward
             clip_low=Key(0.2, fraction()),           # how far below 1 a token's ratio to the policy that wrote it counts
             clip_high=Key(0.2, above(0.0)),          # how far above (DAPO: 0.28)
             kl_weight=Key(0.04, at_least(0.0)),      # of the KL to the policy at the start; 0: no copy (DAPO, Dr. GRPO)

@@ -11,7 +11,7 @@ from jaxlm import losses, trees
 from jaxlm.losses import Sums, Vocabulary
 from jaxlm.models import peft, virtual
 from jaxlm.models.transformer import Transformer, pool
-from jaxlm.preferences import PREFERENCES, Pairs, grpo, sequence_log_probs
+from jaxlm.preferences import PREFERENCES, Pairs, bradley_terry, grpo, sequence_log_probs
 from jaxlm.types import Array, Tree
 
 REFERENCE = 'reference'  # the folder of frozen parameters that holds the policy training began with
@@ -156,6 +156,19 @@ def _pairs(model: Transformer, vocabulary: Vocabulary, params: Tree, batch: dict
   return Pairs(chosen_B, rejected_B, chosen_lengths_B, rejected_lengths_B)
 
 
+def reward_loss(model: Transformer, config: Any, params: Tree, batch: dict[str, Array],
+                rng: Array | None) -> tuple[Array, Sums]:
+  """The label head's score of the better answer should be above that of the worse one (`bradley_terry`)."""
+  output = model.apply({'params': params}, batch, rng=rng, with_logits=False)
+  segments_BT = virtual.real(model.config, batch['tokens'], batch['segment_ids'])
+  score = lambda text: model.apply({'params': params}, output.hidden, jnp.where(segments_BT == text, 1, 0),
+                                   method='scores')[:, 0]
+  total, told = bradley_terry(score(1), score(2), batch['label_weights'], centring=config.objective.reward.centring)
+  told = {'loss': told['objective']} | told
+  total += losses.extra(model, output.aux, batch['label_weights'], told)
+  return total, told | {'objective': (total, told['objective'][1])}
+
+
 def needs_reference(config: Any) -> bool:
   """Whether a frozen copy of the parameters at the start must be kept: not where the model without its delta is that."""
   objective = config.objective
@@ -194,5 +207,6 @@ def make(name: str, model: Transformer, config: Any) -> LossFn:
     return functools.partial(losses.LOSSES[name], model, vocabulary)
   return {'labels': functools.partial(labels_loss, model, config),
           'contrast': functools.partial(contrast_loss, model, config),
+          'reward': functools.partial(reward_loss, model, config),
           'prefer': functools.partial(prefer_loss, model, vocabulary, config),
           'grpo': functools.partial(grpo_loss, model, vocabulary, config)}[name]

@@ -219,11 +219,11 @@ def test_what_fits_is_said_by_name():
   assert objectives.mismatch(config) == (
       "objective 'masked' needs a model of kind encoder; config.model.structure is 'decoder', which fits: causal, "
       'multi_token, fim, prefix, span, ul2, denoising, infilling, classify, multi_label, regress, tag, extract, contrast, '
-      'answer, prefer, grpo.')
+      'reward, answer, prefer, grpo.')
   config = config_of('prefix', 'recurrent')
   assert objectives.mismatch(config).endswith("is 'decoder' of 'lstm', which fits: causal, multi_token, fim, "
-                                                'classify, multi_label, regress, tag, extract, contrast, answer, prefer, '
-                                                'grpo.')
+                                                'classify, multi_label, regress, tag, extract, contrast, reward, answer, '
+                                                'prefer, grpo.')
   config.model.structure = 'encoder'
   assert 'no objective; set config.model.mixer to attention' in objectives.mismatch(config)
   config.objective.name = 'my_lab.ideas:objective'

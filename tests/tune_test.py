@@ -65,7 +65,7 @@ def tuned(tasks, objective, name, structure='decoder', start=None, **changes):
   config.model.mlp.width = 64
   config.model.attention.update(num_heads=4, num_kv_heads=4, head_dim=8)
   labels = {'classify': ('sequence', 8), 'regress': ('sequence', 1), 'multi_label': ('sequence', 8), 'tag': ('token', 2),
-            'extract': ('span', 2)}.get(objective)
+            'extract': ('span', 2)}.get(objective)  # of the others a test says it
   if labels:
     config.model.head.update(labels=labels[0], num_labels=labels[1], lm=False)
   config.data.update(task=tasks[name], packing='padded')
@@ -230,6 +230,25 @@ def test_preferences_are_learned_beside_a_reference_that_stays(loss, method, wor
   many.mesh.update(data=2, fsdp=2)
   train.run(many, f'{tmp_path}/many')
   np.testing.assert_allclose(losses(f'{tmp_path}/many'), losses(f'{tmp_path}/run'), rtol=2e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize('structure', ['decoder', 'encoder'])
+def test_a_reward_model_learns_which_answer_is_better_and_grades_a_policy(structure, world, tmp_path):
+  from jaxlm import exam, rollouts
+  from jaxlm.data import tasks as tasks_module
+  tasks, _ = world
+  config = tuned(tasks, 'reward', 'prefer', structure, steps=30, eval_every=30, save_every=0, **{
+      'model.head.labels': 'sequence', 'model.head.num_labels': 1, 'model.head.lm': False,
+      'model.head.pool': 'last' if structure == 'decoder' else 'mean', 'objective.reward.centring': 0.01})
+  last = train.run(config, f'{tmp_path}/run')
+  assert last['eval/validation/accuracy'] > 0.9 and last['eval/validation/margin'] > 0.5
+  task = tasks_module.make(tasks['prefer'])
+  result = exam.hold(jaxlm.load(f'{tmp_path}/run'), task, exam.Terms(batch_size=7))
+  assert result['metrics']['accuracy'] == pytest.approx(last['eval/validation/accuracy'])  # texts alone as in pairs
+  asked = list(tasks_module.examples(task, 'test'))[:3]
+  grade = rollouts.grader_of(f'{tmp_path}/run')
+  better, worse = grade(task, asked, [e.second for e in asked]), grade(task, asked, ['z'] * 3)
+  assert all(a > b for a, b in zip(better, worse))
 
 
 def test_training_ends_when_nothing_gets_better_and_the_best_checkpoint_stays(world, tmp_path):

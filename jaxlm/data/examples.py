@@ -167,6 +167,11 @@ def _text(form: Form, example: Example, answer: str) -> Row:
   return Row((_joined(_plain([*form.begin, *(question[-kept:] if kept else [])]), _plain(target, 1.0)),))
 
 
+def joined_text(form: Form, example: Example, answer: str) -> Part:
+  """A question and an answer to it as one text."""
+  return _text(dataclasses.replace(form, target=0), example, answer).parts[0]
+
+
 def _answered(form: Form, example: Example) -> Iterator[Row]:
   yield _text(form, example, example.target)
 

@@ -291,7 +291,7 @@ class Transformer(Tower):
     features = self.features(at_BMD)
     with_logits = with_logits and config.head.lm
     return Output(self.logits(features) if with_logits else None, hidden_BTD, features, cache, aux, future,
-                  self._scores(hidden_BTD, virtual.real(config, side.ids_BT, side.tokens.segments)))
+                  self.scores(hidden_BTD, virtual.real(config, side.ids_BT, side.tokens.segments)))
 
   def _words(self, ids_BT: Array) -> Array:
     """Embeddings [B, T, E] of ids, virtual ones among them."""
@@ -339,7 +339,7 @@ class Transformer(Tower):
       total = add(total, aux)
     return found, total
 
-  def _scores(self, hidden_BTD: Array, segments_BT: Array) -> Array | None:
+  def scores(self, hidden_BTD: Array, segments_BT: Array) -> Array | None:
     """What the label head says; without labels, the pooled states that a body's pooler gives, [B, D]."""
     head = self.config.head
     if head.labels == 'none' and head.pooler == 'none':
