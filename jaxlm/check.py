@@ -212,6 +212,9 @@ def _task(config: ConfigDict) -> Iterator[str]:
   if peft.method == 'prefix' and (config.model.mixer != 'attention' or config.model.attention.latent.kv_rank):
     yield ("config.model.peft.method='prefix' gives attention keys and values, which this model makes otherwise; take "
            "'prompt' or 'lora'.")
+  if peft.method == 'prefix' and peft.encoder != 'none' and config.mesh.pipe != 1:
+    yield (f"config.mesh.pipe={config.mesh.pipe}: stages share no encoder of a prefix; set config.model.peft.encoder='none', or "
+           'the axis to 1.')
   if peft.method == 'prefix' and peft.encoder == 'lstm':
     yield "config.model.peft.encoder='lstm' makes embeddings; of a prefix take 'mlp' or 'none'."
   values = {'lora': (int, bool), 'ia3': (str, bool), 'bottleneck': (bool,)}.get(peft.method, ())

@@ -62,6 +62,22 @@ class Shapes:
     kept = jax.tree.map(lambda x: x.sharding, self.state.opt_state)
     return state.replace(opt_state=jax.device_put(state.opt_state, kept)), frozen
 
+  def in_layers(self, state: TrainState, frozen: Tree) -> Tree:
+    """All parameters, with layers in their order, whatever the mesh."""
+    params = trees.combine(frozen, state.params)
+    if not self._staged:
+      return params
+    one = lambda path, x: stages.into_layers(x, n, self.layout) if (n := self.layers(path)) else x
+    return jax.jit(lambda params: trees.map_paths(one, params))(params)
+
+  def in_place(self, params: Tree) -> Tree:
+    """The inverse of `in_layers`: as they lie in memory."""
+    if not self._staged:
+      return params
+    one = lambda path, x: stages.into_stages(x, n, self.layout) if (n := self.layers(path)) else x
+    shardings = jax.tree.map(lambda x: x.sharding, trees.combine(self.frozen, self.state.params))
+    return jax.jit(lambda params: trees.map_paths(one, params), out_shardings=shardings)(params)
+
   @property
   def _staged(self) -> bool:
     return self.layout.mesh.shape[stages.AXIS] > 1

@@ -247,13 +247,14 @@ class Run:
     """(the state before the first update, what is frozen): as drawn, with another run's weights in their places."""
     config = self.config
     state, frozen = self.shapes.fresh(config.seed)
-    if config.checkpoint.init_from:
-      params = adopt.adopted(config.checkpoint.init_from, trees.combine(frozen, state.params), self.model, self.tokenizer,
-                             config.seed, config.checkpoint.init_step)
-    elif self.shapes.delta:
-      params = adopt.begun(trees.combine(frozen, state.params), self.model, self.tokenizer, config.seed)
-    else:
+    if not config.checkpoint.init_from and not self.shapes.delta:
       return state, frozen
+    known = self.shapes.in_layers(state, frozen), self.model, self.tokenizer, config.seed
+    if config.checkpoint.init_from:
+      params = adopt.adopted(config.checkpoint.init_from, *known, config.checkpoint.init_step)
+    else:
+      params = adopt.begun(*known)
+    params = self.shapes.in_place(params)
     trained = trees.flatten(state.params)
     params, kept = trees.partition(params, trained.__contains__)
     if state.ema is not None:

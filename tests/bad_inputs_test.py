@@ -167,7 +167,7 @@ CASES = (
     Case('a key without a value', '--config=tiny.py --config.steps',
          ('--config.steps has no value; give --config.steps=VALUE.',)),
     Case('three faults at once', '--config=tiny.py --config.steps=0 --config.optim.lr=-1 --config.optim.b3=0',
-         ('config.optim.b3 is unknown. Known there: name, lr, schedule, warmup_steps, total_steps, final_fraction, '
+         ('config.optim.b3 is unknown. Known there: name, lr, layer_decay, schedule, warmup_steps, total_steps, final_fraction, '
           'decay_fraction, weight_decay, decay_rules, lr_rules, freeze, clip_norm, ema_decay.',
           'config.steps must be an integer, at least 1; got 0 (int).',
           'config.optim.lr must be a number, above 0.0; got -1.0 (float).')),

@@ -120,9 +120,9 @@ def run(apply: Callable[..., tuple[Array, dict[str, Array]]], weights: Tree, x_B
   uneven = table.min() < 0
   bias_SP = jax.tree.map(lambda p: copies(jnp.broadcast_to(p, (S, *p.shape))), context.bias)
   # What is only looked at lies ready at every stage; what is differentiated travels.
-  hidden, tokens = context.source or (None, None)
+  hidden, *known = context.source or (None, None, None)
   still_MP = jax.tree.map(lambda x: cut(_fixed(x)), context.replace(
-      bias=None, source=None if context.source is None else (None, tokens)))
+      bias=None, source=None if context.source is None else (None, *known)))
   moving = {'x': x_BTD} if hidden is None else {'x': x_BTD, 'source': hidden}
   entering_MSP = jax.tree.map(lambda x: _pin(jnp.broadcast_to(cut(x)[:, None], (M, S, *cut(x).shape[1:])), layout,
                                              {1: AXIS, 2: rows}), moving)
@@ -132,7 +132,7 @@ def run(apply: Callable[..., tuple[Array, dict[str, Array]]], weights: Tree, x_B
   whole = R > 1 or layout.schedule.remat == 'stage'
 
   def stage(W, numbers, bias, r, flow, still):
-    here = still.replace(bias=bias, source=None if hidden is None else (flow['source'], still.source[1]))
+    here = still.replace(bias=bias, source=None if hidden is None else (flow['source'], *still.source[1:]))
     taken = lambda x: checkpoint_name(jax.lax.dynamic_index_in_dim(x, r, keepdims=False), WEIGHTS)
     of_round = lambda x: x[0] if R == 1 else taken(x)
 
