@@ -191,7 +191,7 @@ BAD = [
     (['--from=drawn', '--to=b'], 'The base of drawn is drawn by its seed, and no folder holds it; add --merge'),
     (['--from=on_average', '--to=b'], 'averaged keeps a moving average, which its Hugging Face folder has, while this'),
     (['--from=grown', '--to=b'], 'The vocabulary of grown has 300 entries, that of its base'),
-    (['--from=headed', '--to=b'], 'labels/bias of headed is neither in its base'),
+    (['--from=headed', '--to=b'], 'headed/checkpoints does not fit: params/labels'),
     (['--frm=a'], 'Unknown flag --frm'),
 ]
 

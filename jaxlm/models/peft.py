@@ -61,8 +61,8 @@ def is_trained(peft: PeftConfig, path: str) -> bool:
   know; and what the config names."""
   if peft.method == 'none':
     return True
-  return (is_delta(path) or path.startswith(('labels/', 'pooler/')) or peft.method == 'bitfit' and path.rpartition('/')[2] in ('bias', 'head_bias')
-          or bool(peft.also) and trees.matches(peft.also, path))
+  biases = peft.method == 'bitfit' and path.rpartition('/')[2] in ('bias', 'head_bias')
+  return is_delta(path) or path.startswith('labels/') or biases or bool(peft.also) and trees.matches(peft.also, path)
 
 
 def strength(peft: PeftConfig, rank: int) -> float:
