@@ -108,7 +108,8 @@ FITS: dict[str, dict[str, str]] = {
 # objective -> the kinds of task (`data.task`) whose answers it learns
 ANSWERS: dict[str, tuple[str, ...]] = {
     'classify': ('classify',), 'multi_label': ('multi_label',), 'regress': ('regress',), 'tag': ('tag',),
-    'extract': ('span',), 'contrast': ('retrieve',), 'answer': ('text', 'chat', 'choice'), 'prefer': ('prefer',), 'reward': ('prefer',),
+    'extract': ('span',), 'contrast': ('retrieve',), 'answer': ('text', 'chat', 'choice'), 'prefer': ('prefer',),
+    'reward': ('prefer',),
     'grpo': ('text',),
 }
 
