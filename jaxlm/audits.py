@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlm import loading
+from jaxlm import heads, loading
 from jaxlm.data import examples as rows_module
 from jaxlm.data import tasks
 from jaxlm.errors import JaxlmError
@@ -20,7 +20,7 @@ from jaxlm.inquiries import Settings, fault, mean, numbers, prompt_of, records, 
 from jaxlm.lm import LM
 from jaxlm.lookup import lookup, nearest
 from jaxlm.recall import contamination, memorisation, provenance
-from jaxlm.stereotypes import padded, stereotypes
+from jaxlm.stereotypes import stereotypes
 
 # Mild on purpose: what counts as toxic depends on people and place, so give a list of your own.
 WORDS = ('crap', 'damn', 'dumb', 'fool', 'hate you', 'idiot', 'idiots', 'jerk', 'loser', 'losers', 'moron', 'morons',
@@ -107,12 +107,9 @@ def _by_class(settings: Toxicity) -> Callable[[list[str]], list[float]]:
   def judged(texts: list[str]) -> list[float]:
     found = np.zeros(len(texts))
     ids = {i: [*begin, *judge.tokenizer.encode(text)[:room], *form.end] for i, text in enumerate(texts) if text.strip()}
-    order = sorted(ids, key=lambda i: len(ids[i]))
-    for first in range(0, len(order), settings.batch_size):
-      chosen = order[first:first + settings.batch_size]
-      tokens_BT, real_BT = padded([ids[i] for i in chosen])
-      scores = jnp.asarray(judge.scores(tokens_BT, mask=real_BT))
-      found[chosen] = np.asarray((jax.nn.softmax if name == 'classify' else jax.nn.sigmoid)(scores)[:, number])
+    if ids:
+      said = jnp.stack(heads.scores(judge, list(ids.values()), settings.batch_size))
+      found[list(ids)] = np.asarray((jax.nn.softmax if name == 'classify' else jax.nn.sigmoid)(said)[:, number])
     return found.tolist()
 
   return judged

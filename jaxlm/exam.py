@@ -13,7 +13,7 @@ from typing import Any, Callable, Sequence
 import numpy as np
 from tqdm.auto import tqdm
 
-from jaxlm import trees
+from jaxlm import heads, trees
 from jaxlm.data import chat, examples as rows_module
 from jaxlm.data import tasks, templates
 from jaxlm.data.tasks import Example, Task
@@ -21,7 +21,6 @@ from jaxlm.errors import JaxlmError
 from jaxlm.lm import LM
 from jaxlm.lookup import lookup
 from jaxlm.measure import baselines, intervals, sandbox, verdicts
-from jaxlm.rewards import rewards
 
 CHUNK = 64  # examples between two savings of what has been said
 NORMS = ('sum', 'token', 'byte', 'unconditional')  # of the scores of choices
@@ -147,7 +146,7 @@ def _normed(norm: str, answer: str, nats: float, tokens: int) -> float:
 def _preferred(lm: LM, task: Task, examples: Sequence[Example], prompts: Sequence[str], terms: Terms) -> list[int]:
   """1 where the better answer is likelier, as `norm` compares them; of a reward model, has the higher score."""
   if lm.model.config.head.labels == 'sequence':
-    better, worse = (rewards(lm, examples, texts, terms.batch_size) for texts in (
+    better, worse = (heads.rewards(lm, examples, texts, terms.batch_size) for texts in (
         [e.second for e in examples], [e.choices[0] for e in examples]))
     return [int(a > b) for a, b in zip(better, worse)]
   pairs = [(prompt, answer) for prompt, example in zip(prompts, examples)
@@ -202,29 +201,18 @@ def _by_head(lm: LM, task: Task, examples: Sequence[Example], terms: Terms) -> l
   Raises:
     JaxlmError: the head has not as many labels as the task.
   """
-  heads = {'regress': 1, 'span': 2}.get(task.kind, len(task.labels))
-  if lm.model.config.num_labels != heads:
-    raise JaxlmError(f'The label head of this model has {lm.model.config.num_labels} outputs, the task {heads}; take the '
+  outputs = {'regress': 1, 'span': 2}.get(task.kind, len(task.labels))
+  if lm.model.config.num_labels != outputs:
+    raise JaxlmError(f'The label head of this model has {lm.model.config.num_labels} outputs, the task {outputs}; take the '
                      'model that was fine-tuned for it.')
   form = rows_module.form_of(lm.config, lm.tokenizer)
   form = dataclasses.replace(form, front=(), length=form.length - len(form.front))  # the model itself puts them there
   encoded = rows_module.encode(task, terms.split, form, examples)
-  order = np.argsort(-encoded.lengths, kind='stable')
-  found: dict[int, np.ndarray] = {}
-  for start in range(0, len(order), terms.batch_size):
-    chosen = order[start:start + terms.batch_size]
-    longest = int(encoded.lengths[chosen].max())
-    ids, real = np.zeros((2, len(chosen), longest), np.int32)
-    types = np.zeros_like(ids)
-    for i, row in enumerate(chosen):
-      a, b = encoded.begins[encoded.first[row]], encoded.begins[encoded.first[row + 1]]
-      ids[i, :b - a], real[i, :b - a], types[i, :b - a] = encoded.ids[a:b], 1, encoded.types[a:b]
-    said = np.asarray(lm.scores(ids, mask=real, types=types))
-    found.update(zip(chosen.tolist(), said))
-  widest = max(x.shape[0] for x in found.values())
+  cuts = encoded.begins[encoded.first[1:-1]]
+  found = heads.scores(lm, np.split(encoded.ids, cuts), terms.batch_size, np.split(encoded.types, cuts))
+  widest = max(x.shape[0] for x in found)
   pad = lambda x: np.pad(x, ((0, widest - len(x)), (0, 0)), constant_values=-1e9) if x.ndim == 2 else x
-  scores = np.stack([pad(found[row]) for row in range(len(encoded))])
-  return verdicts.predicted(task, examples, encoded, form, scores)
+  return verdicts.predicted(task, examples, encoded, form, np.stack([pad(x) for x in found]))
 
 
 def _retrieved(lm: LM, task: Task, examples: Sequence[Example], terms: Terms) -> list[list[int]]:
@@ -298,11 +286,8 @@ def hold(lm: LM, task: Task, terms: Terms = Terms(), kept: str = '') -> dict[str
 
 def _drawn(task: Task, terms: Terms) -> list[Example]:
   """The examples that are asked, in their order."""
-  asked = list(tasks.examples(task, terms.split))
-  if not 0 < terms.limit < len(asked):
-    return asked
-  drawn = np.random.Generator(np.random.Philox(terms.seed)).choice(len(asked), terms.limit, replace=False)
-  return [asked[i] for i in sorted(drawn.tolist())]
+  return tasks.drawn(list(tasks.examples(task, terms.split)), terms.limit,
+                     np.random.Generator(np.random.Philox(terms.seed)))
 
 
 def _report(task: Task, asked: Sequence[Example], answers: Sequence[Any], said: Sequence[Said], terms: Terms) -> dict[str, Any]:

@@ -51,10 +51,7 @@ def records(settings: Settings) -> list[tuple[str, Mapping[str, Any]]]:
     found += tasks.READERS['csv' if path.endswith('.csv') else 'jsonl'](glob.escape(path), '')
   if not found:
     raise JaxlmError(f'files={settings.files!r} gives no record; name a JSONL or CSV file that has some.')
-  if 0 < settings.limit < len(found):
-    drawn = np.random.Generator(np.random.Philox(settings.seed)).choice(len(found), settings.limit, replace=False)
-    found = [found[i] for i in sorted(drawn.tolist())]
-  return found
+  return tasks.drawn(found, settings.limit, np.random.Generator(np.random.Philox(settings.seed)))
 
 
 def fault(id: str, what: str) -> JaxlmError:

@@ -10,7 +10,7 @@ import jax
 from jax.experimental import multihost_utils
 import numpy as np
 
-from jaxlm import decode, loading, losses, task_losses, trees
+from jaxlm import decode, heads, loading, losses, task_losses, trees
 from jaxlm.data import examples as examples_module
 from jaxlm.data import tasks
 from jaxlm.data.examples import Encoded, TaskData, TaskStream
@@ -24,7 +24,6 @@ from jaxlm.lookup import lookup
 from jaxlm.measure import sandbox
 from jaxlm.models.transformer import Transformer
 from jaxlm.preferences import group_advantages
-from jaxlm.rewards import rewards
 from jaxlm.sampling import Sampling
 from jaxlm.types import Array, Ids, Tree, TrainState
 
@@ -70,7 +69,7 @@ def grader_of(name: str) -> Grader:
     JaxlmError: none of them.
   """
   if os.path.isdir(name):
-    return lambda task, examples, texts: rewards(_reward_model(name), examples, texts)
+    return lambda task, examples, texts: heads.rewards(_reward_model(name), examples, texts)
   return VERIFIERS.get(name) or each(lookup(VERIFIERS, name, 'verifier'))
 
 

@@ -9,6 +9,7 @@ import numpy as np
 from jaxlm import reading
 from jaxlm.data import examples as rows_module
 from jaxlm.errors import JaxlmError
+from jaxlm.heads import padded
 from jaxlm.inquiries import Settings, fault, grouped, mean, records, text_of
 from jaxlm.lm import LM
 from jaxlm.measure.scores import Metric
@@ -94,14 +95,6 @@ def _masked(lm: LM, texts: Sequence[Hidden], batch_size: int) -> list[list[float
     logits_BV = jnp.asarray(lm.logits(tokens_BT, mask=real_BT))[at, columns_B]
     nats[chosen] = np.asarray(jax.nn.log_softmax(logits_BV)[at, targets_B])
   return [own.tolist() for own in np.split(nats, np.cumsum([len(text) for text in texts])[:-1])]
-
-
-def padded(texts: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
-  """(ids, which are real), [B, T] each."""
-  tokens_BT, real_BT = np.zeros((2, len(texts), max(map(len, texts))), np.int32)
-  for row, ids in enumerate(texts):
-    tokens_BT[row, :len(ids)], real_BT[row, :len(ids)] = ids, 1
-  return tokens_BT, real_BT
 
 
 def _shared(lm: LM, first: str, second: str) -> tuple[Hidden, Hidden]:

@@ -33,6 +33,19 @@ def _programs_of_a_module_go_with_it():
   jax.clear_caches()
 
 
+@pytest.fixture(scope='module')
+def few_devices():
+  """A mesh takes the first so many of the eight devices, so that one test run holds one device and eight."""
+  import jax
+  import numpy as np
+  from jaxlm import sharding
+  make = sharding.make_mesh
+  take = lambda sizes: jax.devices()[:max(1, int(np.prod([n for n in dict(sizes).values() if n > 0])))]
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(sharding, 'make_mesh', lambda sizes, devices=None: make(sizes, devices or take(sizes)))
+    yield
+
+
 @pytest.fixture(scope='session')
 def corpus(tmp_path_factory):
   """A glob of a small corpus: forty text files."""

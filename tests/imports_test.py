@@ -19,7 +19,7 @@ measure.scores measure.intervals measure.cell measure.sandbox measure.origins me
 models.config models.float8 models.quantised models.products models.peft models.layers models.virtual models.positions models.kernels models.blocks models.cudnn models.ring models.attention models.stages models.recurrent models.moe
 models.stack models.transformer models.cost
 families.keys families.bijections families.* families.table
-losses preferences task_losses optim metrics seal checkpoint rundir sampling weights gguf transfer targets adapters hf reading beams speculation decode lm adopt loading harness rewards evaluators journal
+losses preferences task_losses optim metrics seal checkpoint rundir sampling weights gguf transfer targets adapters hf reading beams speculation decode lm adopt loading harness heads evaluators journal
 exam inquiries stereotypes recall audits state rollouts check train lint bill search pictures programs
 speed.shapes speed.ours speed.peers speed.worker speed.machine speed.duel speed.alone
 plan generate evaluate main prepare bench convert

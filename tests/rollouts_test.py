@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import jaxlm
-from jaxlm import check, decode, losses, rollouts, sharding, task_losses, train, trees
+from jaxlm import check, decode, losses, rollouts, task_losses, train, trees
 from jaxlm import config as base
 from jaxlm.data.tasks import Example, Task
 from jaxlm.errors import JaxlmError, Preempted
@@ -22,14 +22,7 @@ LETTERS = 'abcdefgh'
 BASE = 60
 
 
-@pytest.fixture(autouse=True, scope='module')
-def few_devices():
-  """A mesh takes the first so many of the eight devices."""
-  make = sharding.make_mesh
-  take = lambda sizes: jax.devices()[:max(1, int(np.prod([n for n in dict(sizes).values() if n > 0])))]
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(sharding, 'make_mesh', lambda sizes, devices=None: make(sizes, devices or take(sizes)))
-    yield
+pytestmark = pytest.mark.usefixtures('few_devices')
 
 
 @pytest.fixture(scope='module')

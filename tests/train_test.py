@@ -17,12 +17,7 @@ from jaxlm.metrics import read_jsonl
 RTOL = 1e-5
 
 
-@pytest.fixture(autouse=True)
-def few_devices(monkeypatch):
-  """A mesh takes the first so many of the eight devices, so that one test run holds one device and eight."""
-  make = sharding.make_mesh
-  take = lambda sizes: jax.devices()[:max(1, int(np.prod([n for n in dict(sizes).values() if n > 0])))]
-  monkeypatch.setattr(sharding, 'make_mesh', lambda sizes, devices=None: make(sizes, devices or take(sizes)))
+pytestmark = pytest.mark.usefixtures('few_devices')
 
 
 def mesh(config, **sizes):

@@ -1,12 +1,11 @@
 """Adapting a trained model: what is trained and saved, what stays, on any mesh, and what a loaded delta computes."""
 import json
 
-import jax
 import numpy as np
 import pytest
 
 import jaxlm
-from jaxlm import checkpoint, sharding, train, trees
+from jaxlm import checkpoint, train, trees
 from jaxlm import config as base
 from jaxlm.errors import JaxlmError, Preempted, RunFailed
 from jaxlm.metrics import read_jsonl
@@ -15,14 +14,7 @@ from jaxlm.models import peft
 QUESTIONS = 'abcdefgh'
 
 
-@pytest.fixture(autouse=True, scope='module')
-def few_devices():
-  """A mesh takes the first so many of the eight devices."""
-  make = sharding.make_mesh
-  take = lambda sizes: jax.devices()[:max(1, int(np.prod([n for n in dict(sizes).values() if n > 0])))]
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(sharding, 'make_mesh', lambda sizes, devices=None: make(sizes, devices or take(sizes)))
-    yield
+pytestmark = pytest.mark.usefixtures('few_devices')
 
 
 def task(folder, kind, records, **settings):

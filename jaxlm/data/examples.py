@@ -434,10 +434,8 @@ def prepare(config: Any, roles: Sequence[str] = (), kinds: Sequence[str] = tuple
 
 def drawn(read: list[Example], config: Any) -> list[Example]:
   """As many of the examples as the config asks for, in their order."""
-  if not 0 < config.data.task_examples < len(read):
-    return read
   rng = np.random.Generator(np.random.Philox(key=np.array([config.seed, 0], np.uint64)))
-  return [read[i] for i in sorted(rng.choice(len(read), config.data.task_examples, replace=False).tolist())]
+  return tasks.drawn(read, config.data.task_examples, rng)
 
 
 class TaskStream:

@@ -13,6 +13,8 @@ import json
 from pathlib import Path
 from typing import Any, Callable, Iterator, Mapping
 
+import numpy as np
+
 from jaxlm.data import stdlib_tasks, tables, templates
 from jaxlm.data.files import decoded, lines, matching
 from jaxlm.errors import JaxlmError
@@ -402,6 +404,13 @@ def named_labels(task: Task) -> Task:
   if not found:
     raise JaxlmError("Split 'train' of the task is empty, so it has no labels; give it files.")
   return dataclasses.replace(task, labels=tuple(sorted(found)))
+
+
+def drawn(items: list[Any], number: int, rng: np.random.Generator) -> list[Any]:
+  """So many of the items, in their order; all of them where number is 0, or more than there are."""
+  if not 0 < number < len(items):
+    return items
+  return [items[i] for i in sorted(rng.choice(len(items), number, replace=False).tolist())]
 
 
 # ---- naming tasks ------------------------------------------------------------------------------------------------

@@ -15,7 +15,6 @@ from jaxlm.sharding import Layout
 from jaxlm.types import Array
 
 METHODS = ('prompt', 'prefix')  # that put virtual tokens in front of a text
-ENCODERS = ('none', 'mlp', 'lstm')
 
 
 def count(config: PeftConfig) -> int:

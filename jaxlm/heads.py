@@ -1,0 +1,57 @@
+"""What a label head says of texts of any length, and what a reward model gives for answers."""
+import dataclasses
+from typing import Sequence
+
+import numpy as np
+
+from jaxlm.data import examples as rows_module
+from jaxlm.data.tasks import Example
+from jaxlm.errors import JaxlmError
+from jaxlm.lm import LM
+
+
+def padded(texts: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
+  """(ids, which are real), [B, T] each."""
+  tokens_BT, real_BT = np.zeros((2, len(texts), max(map(len, texts))), np.int32)
+  for row, ids in enumerate(texts):
+    tokens_BT[row, :len(ids)], real_BT[row, :len(ids)] = ids, 1
+  return tokens_BT, real_BT
+
+
+def scores(lm: LM, texts: Sequence[Sequence[int]], batch_size: int, types: Sequence[Sequence[int]] | None = None) -> list[
+    np.ndarray]:
+  """What the label head says of each text, [labels], or of each of its batch's columns, [T, labels].
+
+  Args:
+    texts: ids; like lengths are read together.
+    types: of each token, as `LM.scores` takes them.
+  """
+  found: list[np.ndarray] = [np.empty(0)] * len(texts)
+  order = sorted(range(len(texts)), key=lambda i: -len(texts[i]))
+  for start in range(0, len(order), batch_size):
+    chosen = order[start:start + batch_size]
+    ids_BT, real_BT = padded([texts[i] for i in chosen])
+    types_BT = None if types is None else padded([types[i] for i in chosen])[0]
+    for i, said in zip(chosen, np.asarray(lm.scores(ids_BT, mask=real_BT, types=types_BT))):
+      found[i] = said
+  return found
+
+
+def rewards(lm: LM, examples: Sequence[Example], texts: Sequence[str], batch_size: int = 32) -> list[float]:
+  """The score of each answer behind its question, laid out as the model was trained (objective reward).
+
+  Args:
+    lm: with a label head of one output, for a row.
+    examples: whose questions were asked.
+    texts: the answers.
+  Raises:
+    JaxlmError: another model; an answer that does not fit into its window.
+  """
+  config = lm.model.config
+  if config.head.labels != 'sequence' or config.num_labels != 1:
+    raise JaxlmError(f'A reward model has a label head of kind \'sequence\' with 1 output; this one has '
+                     f'{config.head.labels!r} with {config.num_labels}. Train one with config.objective.name=\'reward\'.')
+  form = dataclasses.replace(rows_module.form_of(lm.config, lm.tokenizer), front=())
+  form = dataclasses.replace(form, length=form.length // 2 - len(lm.front))  # two of them shared a row
+  parts = [rows_module.joined_text(form, example, text).ids for example, text in zip(examples, texts)]
+  return [float(said[0]) for said in scores(lm, parts, batch_size)]
