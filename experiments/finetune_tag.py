@@ -11,5 +11,6 @@ def get_config(arg=None):
   config = base.tune(base.default(), arg.task, 'tag', arg.start)
   config.model.update(structure='encoder')
   config.model.head.update(lm=False, labels='token', num_labels=arg.labels)
+  config.update(steps=200, batch_size=32, seq_len=128)
   config.checkpoint.update(best_metric='eval/validation/f1', best_is_highest=True, patience=3)
   return base.smoke(config) if arg.smoke else config

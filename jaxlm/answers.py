@@ -72,8 +72,19 @@ def preferred(item: Item, rng) -> Example:
   return answered(item, rng) | dict(label_weights=(item['segment_ids'] > 0).any(-1).astype(np.float32))
 
 
+def judged(item: Item, rng) -> Example:
+  """A good or a bad answer to a question, and one that answers another, as two texts of the row."""
+  return preferred(item, rng) | dict(labels=item['labels'])
+
+
 def written(item: Item, rng, kept: bool) -> Example:
   """An answer that a policy wrote; what it is worth, and with `kept` its log-probs, are filled in by who let it write."""
   read = answered(item, rng)
   read['advantages'] = np.zeros(item['tokens'].shape[:-1], np.float32)
   return read | (dict(old_log_probs=np.zeros_like(read['loss_weights'])) if kept else {})
+
+
+def appraised(item: Item, rng) -> Example:
+  """The same; what each token was worth, and what was thought of it, is filled in, too."""
+  read = answered(item, rng)
+  return read | {key: np.zeros_like(read['loss_weights']) for key in ('old_log_probs', 'old_values', 'advantages', 'returns')}

@@ -13,8 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlm import heads, loading
-from jaxlm.data import examples as rows_module
-from jaxlm.data import tasks
+from jaxlm.data import encoders, tasks
 from jaxlm.errors import JaxlmError
 from jaxlm.inquiries import Settings, fault, mean, numbers, prompt_of, records, text_of
 from jaxlm.lm import LM
@@ -101,7 +100,7 @@ def _by_class(settings: Toxicity) -> Callable[[list[str]], list[float]]:
     raise JaxlmError(f'classifier={settings.classifier!r} was trained with objective.name={name!r}; give a run of '
                      "'classify' or 'multi_label'.")
   number = tasks.label_number(tasks.make(judge.config.data.task), f'toxic of {settings.classifier}', settings.toxic)
-  form = rows_module.form_of(judge.config, judge.tokenizer)
+  form = encoders.form_of(judge.config, judge.tokenizer)
   begin, room = form.begin[len(form.front):], form.length - len(form.begin) - len(form.end)
 
   def judged(texts: list[str]) -> list[float]:

@@ -1,7 +1,7 @@
 """Measures jaxlm: beside a peer where one is named, and by itself; ratios and shares, the median of several rounds.
 
   python -m jaxlm.bench --suites=train,decode --against=transformers,transformers-compiled [--shapes=gpt2-6x384,...]
-  python -m jaxlm.bench --suites=train,decode --against=transformers-compiled   # on a machine with a GPU: its own shapes
+  python -m jaxlm.bench --suites=train,decode --against=transformers-compiled   # on a GPU: its own shapes
   python -m jaxlm.bench --suites=compile,data,prepare,loop,memory [--output=lines.jsonl] [--chart=bars.png]
 
 train     tokens a second of training, losses and peak memory, beside the others on the same weights and batches

@@ -343,27 +343,28 @@ def _how(sizes: Mapping[str, int], small: Mapping[str, int], dtype: str, uncount
   """Where each part of the bill comes from."""
   found = {
       'parameters, memory.parameters, optimizer, average, gradients': 'exact, from the shardings',
-      'memory.temporaries_float32': "modelled: buffers of the compiled float32 program's schedule, from first writing to "
-                                    'last reading; beside it what the compiler itself says',
+      'memory.temporaries_float32': "modelled: buffers of the compiled float32 program's schedule, from first writing "
+                                    'to last reading; beside it what the compiler itself says',
       'memory.temporaries': 'the same, activations at half for a 16-bit compute dtype: formula' if dtype != 'float32'
                             else 'the same',
       'flops.model_per_step': 'formula: matrix products as the mask requires, backward twice the forward',
       'flops.program_per_step': 'measured from the program: its products times the rounds of their loops' + (
           '; attention by formula, for its loops depend on the data' if uncounted else ''),
-      'messages': "measured from the program: bytes and rounds; an all-reduce of which each device keeps its part counts as "
-                  'a reduce-scatter, those whose results are only added up as one (`emitted`, `emitted_bytes`: what '
-                  'the CPU compiler wrote); gradients in float32, the rest as computed',
+      'messages': 'measured from the program: bytes and rounds; an all-reduce of which each device keeps its part '
+                  'counts as a reduce-scatter, those whose results are only added up as one (`emitted`, '
+                  '`emitted_bytes`: what the CPU compiler wrote); gradients in float32, the rest as computed',
       'time': 'modelled: max(products / (peak · efficiency) + traffic / bandwidth, messages that need not be waited '
               'for) + those that must be; links by data sheet, ring algorithms' if not assumptions.sustained_tflops else
               'formula: model FLOPs / (devices · sustained_tflops)',
-      'inference': 'formula: one replica; prefill by arithmetic at peak, decoding by reading weights and cache once a token',
+      'inference': 'formula: one replica; prefill by arithmetic at peak, decoding by reading weights and cache once a '
+                   'token',
   }
   if experts:
     found['experts'] = ('the CPU multiplies rows of a dropless mixture with every expert: program_per_step and the '
                         'times count those products, which other backends do not make')
   if offloaded:
-    found['memory.optimizer, offloaded'] = ("counted as a device's: a step fetches all of it from the host, when is the "
-                                            "backend's choice; the fetch is in no time")
+    found['memory.optimizer, offloaded'] = ("counted as a device's: a step fetches all of it from the host, when is "
+                                            "the backend's choice; the fetch is in no time")
   if small != dict(sizes):
     told = ' × '.join(f'{axis}={n}' for axis, n in small.items() if n > 1)
     found['compiled_devices'] = (f'more than {LIMIT} devices cannot be simulated: compiled for {told} at the same rows '
@@ -388,7 +389,8 @@ def table(found: Mapping[str, Any]) -> str:
                            f'{found["compiled_devices"]:,} in {found["compile_s"]:.0f} s'),
            ('x', 'parameters', f'{found["params_total"]:,}: ' + ', '.join(
                f'{name} {amount(n)}' for name, n in sorted(found['parameters'].items(), key=lambda p: -p[1]))),
-           ('f', 'model FLOPs', f'{amount(flops["model_per_token"])} a token, {amount(flops["model_per_step"])} a step'),
+           ('f', 'model FLOPs',
+            f'{amount(flops["model_per_token"])} a token, {amount(flops["model_per_step"])} a step'),
            ('f' if flops['loops_by_formula'] else 'm', 'program FLOPs',
             f'{amount(flops["program_per_step"])} a step, {flops["program_over_model"]:.2f} of the model\'s' + (
                 f'; {flops["masked_over_model"]:.2f} were attention what the mask requires, of which its kernel does '
@@ -411,12 +413,14 @@ def table(found: Mapping[str, Any]) -> str:
     lines.append(('f', 'pipeline', f'{pipeline["stages"]} stages, {pipeline["microbatches"]} microbatches, '
                   f'{pipeline["repeats"]} rounds: bubble {pipeline["bubble"]:.1%}; {pipeline["missing_layers"]} '
                   'identities in the place of layers'))
-  lines += [('f', 'step', f'{time["step_s"]:.3g} s: products {time["arithmetic_s"]:.3g}, traffic {time["memory_s"]:.3g}, '
-             f'messages {time["messages_beside_s"]:.3g} beside them and {time["messages_waited_s"]:.3g} waited for'),
+  lines += [('f', 'step', f'{time["step_s"]:.3g} s: products {time["arithmetic_s"]:.3g}, traffic '
+             f'{time["memory_s"]:.3g}, messages {time["messages_beside_s"]:.3g} beside them and '
+             f'{time["messages_waited_s"]:.3g} waited for'),
             ('f', 'speed', f'{amount(time["tokens_per_s"])} tokens/s, {time["tflops_per_device"]:.3g} TFLOP/s a '
              f'device, MFU {time["mfu"]:.1%}'),
             ('f', 'job', f'{amount(job["tokens"])} tokens, {amount(job["flops"])}FLOP, {job["days"]:.3g} days, '
-             f'{amount(job["device_hours"])} device-hours, ' + (f'{job["money"]:,.0f} in money, ' if job['money'] else '')
+             f'{amount(job["device_hours"])} device-hours, '
+             + (f'{job["money"]:,.0f} in money, ' if job['money'] else '')
              + f'{amount(job["kwh"])} kWh, {amount(job["co2e_kg"])} kg CO2e')]
   if answer := found['inference']:
     speeds = ', '.join(f'{speed:.3g} at batch {rows}' for rows, speed in answer['decode_tokens_per_s'].items())

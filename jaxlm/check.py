@@ -6,6 +6,7 @@ from typing import Any, Iterator
 from ml_collections import ConfigDict
 
 from jaxlm import config as config_module
+from jaxlm import fits
 from jaxlm import objectives
 from jaxlm import optim
 from jaxlm import rollouts
@@ -67,7 +68,7 @@ def _names(config: ConfigDict) -> Iterator[str]:
 
 def _model(config: ConfigDict) -> Iterator[str]:
   model, attention = config.model, config.model.attention
-  if fault := objectives.mismatch(config):
+  if fault := fits.mismatch(config):
     yield f'config.objective.name: {fault}'
   if attention.num_heads % attention.num_kv_heads:
     yield (f'config.model.attention: num_heads={attention.num_heads} does not divide by '
@@ -161,9 +162,24 @@ def _training(config: ConfigDict) -> Iterator[str]:
     path = config.checkpoint[key]
     if path and not os.path.isdir(path):
       yield f'config.checkpoint.{key}: no folder {path!r}; give the run directory to start from.'
+  yield from _teacher(config)
   if config.checkpoint.resume and config.checkpoint.init_from:
     yield ('config.checkpoint: resume and init_from are both set; resume continues a run, init_from only takes its '
            'weights.')
+
+
+def _teacher(config: ConfigDict) -> Iterator[str]:
+  path, name = config.loss.teacher.path, config.objective.name
+  if not path:
+    return
+  if not os.path.exists(path):
+    yield f'config.loss.teacher.path: no {path!r}; give the run directory, or the Hugging Face folder, of the teacher.'
+  if name in fits.WITHOUT_TEACHER:
+    yield (f'config.loss.teacher.path={path!r}: objective {name!r} predicts neither tokens nor classes that a teacher '
+           'could tell of; leave it empty, or take another objective.')
+  if config.model.peft.method in ('prompt', 'prefix'):
+    yield (f"config.loss.teacher.path={path!r}: a teacher cannot read the virtual tokens of config.model.peft.method="
+           f"{config.model.peft.method!r}; take 'lora' or another method.")
 
 
 def _parallel(config: ConfigDict) -> Iterator[str]:
@@ -192,20 +208,21 @@ def _parallel(config: ConfigDict) -> Iterator[str]:
 
 
 def _task(config: ConfigDict) -> Iterator[str]:
-  try:
-    rollouts.grader_of(config.objective.grpo.verifier)
-  except JaxlmError as e:
-    yield f'config.objective.grpo.verifier: {e}'
+  for which in fits.WRITTEN:
+    try:
+      rollouts.grader_of(config.objective[which].verifier)
+    except JaxlmError as e:
+      yield f'config.objective.{which}.verifier: {e}'
   data, name, peft = config.data, config.objective.name, config.model.peft
-  learns = name in objectives.ANSWERS
+  learns = name in fits.ANSWERS
   if data.task and not learns:
     yield (f'config.data.task={data.task!r}: objective {name!r} learns raw text; set config.objective.name to '
-           f'{", ".join(objectives.ANSWERS)}, whichever the task is.')
+           f'{", ".join(fits.ANSWERS)}, whichever the task is.')
   if learns and not data.task:
     yield f'objective {name!r} learns a task; set config.data.task, or another objective.'
-  if name == 'contrast' and config.accumulation != 1:
-    yield (f'config.accumulation={config.accumulation}: all texts of a batch meet in a contrastive loss; set it to 1, or '
-           'config.batch_size lower.')
+  if name in ('contrast', 'kto') and config.accumulation != 1:
+    yield (f'config.accumulation={config.accumulation}: all texts of a batch meet in the loss of objective {name!r}; set it '
+           'to 1, or config.batch_size lower.')
   if peft.method in ('prompt', 'prefix') and not data.task:
     yield (f'config.model.peft.method={peft.method!r}: virtual tokens stand before the texts of a task; set config.data.task '
            'and an objective that learns one.')
@@ -235,22 +252,23 @@ def _task(config: ConfigDict) -> Iterator[str]:
 
 
 def _rollouts(config: ConfigDict) -> Iterator[str]:
-  own = config.objective.grpo
-  if config.objective.name != 'grpo':
+  name = config.objective.name
+  if name not in fits.WRITTEN:
     return
+  own, at = config.objective[name], f'config.objective.{name}'
   for size in [config.batch_size, *(size for _, size in config.batch_ramp)]:
     if size % own.group:
-      yield (f'config.batch_size={size} does not divide by config.objective.grpo.group={own.group}, the answers to a '
+      yield (f'config.batch_size={size} does not divide by {at}.group={own.group}, the answers to a '
              'question; set one to suit the other.')
   if config.model.peft.method in ('prompt', 'prefix'):
-    yield (f"config.model.peft.method={config.model.peft.method!r}: objective 'grpo' writes its texts without virtual "
+    yield (f"config.model.peft.method={config.model.peft.method!r}: objective {name!r} writes its texts without virtual "
            "tokens; take 'lora' or another method.")
   if own.max_new_tokens >= config.seq_len:
-    yield (f'config.objective.grpo.max_new_tokens={own.max_new_tokens} leaves no room for a question in config.seq_len='
+    yield (f'{at}.max_new_tokens={own.max_new_tokens} leaves no room for a question in config.seq_len='
            f'{config.seq_len} columns; lower it, or make rows longer.')
   for key in ('steps', 'save_every', *(['eval_every'] if config.checkpoint.patience else [])):
     if config[key] % own.updates:
-      yield (f'config.{key}={config[key]} does not divide by config.objective.grpo.updates={own.updates}: a run rests '
+      yield (f'config.{key}={config[key]} does not divide by {at}.updates={own.updates}: a run rests '
              'where a new rollout begins; make it a multiple.')
 
 
@@ -265,9 +283,9 @@ def _data(config: ConfigDict) -> Iterator[str]:
       yield (f'config.data.mixture: {name!r} cannot name a source: metrics are eval/<name>/…, and "heldout" is all '
              'sources together; choose another.')
   for name, source, paths, _ in entries:
-    if source == 'stdlib' and paths:
-      yield (f'config.data.paths={paths!r}, but the source {name!r} is the standard library, which has no paths; set '
-             "config.data.source to 'text', 'jsonl' or what the files are.")
+    if source == 'stdlib' and paths not in ('', 'train', 'validation', 'test'):
+      yield (f'config.data.paths={paths!r}, but the source {name!r} is the standard library, which has no paths but train, '
+             "validation and test, the splits of its tasks; set config.data.source to 'text', 'jsonl' or what the files are.")
   for name, source, _, _ in data.mixture:
     try:
       lookup(sources.SOURCES, source, 'source')
@@ -280,3 +298,6 @@ def _data(config: ConfigDict) -> Iterator[str]:
   firsts = [first for first, _ in data.phases]
   if firsts != sorted(set(firsts)):
     yield f'config.data.phases: first examples must rise; got {tuple(firsts)}.'
+  if name == 'ppo' and config.mesh.seq != 1:
+    yield (f'config.mesh.seq={config.mesh.seq}: what a token is worth is counted along its row; set the axis to 1, or take '
+           "objective 'grpo'.")

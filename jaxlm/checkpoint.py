@@ -32,7 +32,7 @@ from jaxlm.types import Tree
 _ALONE = ('params', 'ema')  # fields of the state that are items of their own, to be read alone; the others are `rest`
 _UNSEALED = ('_CHECKPOINT_METADATA', 'commit_success.txt')  # Orbax writes them when it commits; restoring needs neither
 
-CHUNK = 1 << 25  # bytes of an array that are read by themselves, so that all cores have some: 0.7 s a GB in the place of 1.5
+CHUNK = 1 << 25  # bytes of an array that are read by themselves, so that all cores have some: 0.7 s a GB, not 1.5
 GROUP = 1 << 29  # bytes that are read at once, or one leaf: Orbax holds all of them twice on the host
 
 log = logging.getLogger(__name__)

@@ -401,13 +401,13 @@ def tune(config: ConfigDict, task: str, objective: str, start: str = '') -> Conf
     objective: that learns it.
     start: a run directory whose weights it begins with.
   """
-  config.update(steps=600, batch_size=32, seq_len=256, eval_every=100, save_every=100, log_every=20)
+  config.update(steps=300, batch_size=16, seq_len=256, eval_every=100, save_every=100, log_every=20)
   config.data.update(task=task, packing='best_fit' if objective == 'answer' else 'padded', tokenizer='bpe', vocab_size=4096,
                      too_long='leave')
   config.objective.name = objective
-  config.optim.update(lr=5e-4, schedule='linear', warmup_steps=60, final_fraction=0.0, weight_decay=0.01)
+  config.optim.update(lr=5e-4, schedule='linear', warmup_steps=30, final_fraction=0.0, weight_decay=0.01)
   config.checkpoint.update(best_metric='eval/validation/loss', keep_best=1)
-  config.eval.prompts = ()
+  config.eval.update(prompts=(), max_tokens=1 << 16)
   config.model.update(width=192, num_layers=3, max_length=512)
   config.model.attention.num_heads = 3
   return adopt(config, start) if start else config
@@ -433,6 +433,27 @@ def adopt(config: ConfigDict, path: str) -> ConfigDict:
     config.precision.params = found['precision']['params']
     config.data.update(bos=found['data']['bos'], eos=found['data']['eos'], tokenizer=os.path.join(path, 'tokenizer'))
     config.checkpoint.init_from = path
+  return config
+
+
+def lengthen(config: ConfigDict, seq_len: int, scaling: str = 'yarn') -> ConfigDict:
+  """The config with longer rows than its model, with rotary positions, was trained at.
+
+  Args:
+    seq_len: of the new rows.
+    scaling: model.positions.rope.scaling.
+  Raises:
+    JaxlmError: positions of another kind, or rows that are not longer.
+  Source: Peng et al. 2023, YaRN, arXiv:2309.00071; Chen et al. 2023, arXiv:2306.15595, for 'linear'.
+  """
+  positions = config.model.positions
+  known = positions.rope.original_length
+  if positions.kind != 'rope' or seq_len <= known:
+    raise JaxlmError(f'A model of positions {positions.kind!r}, trained at {known} tokens, cannot be lengthened to {seq_len}; '
+                     'it takes rotary positions, and more tokens than those.')
+  config.update(seq_len=seq_len)
+  positions.rope.update(scaling=scaling, factor=seq_len / known, original_length=known)
+  config.model.max_length = max(config.model.max_length, seq_len)
   return config
 
 

@@ -40,14 +40,18 @@ _LIMIT = flags.DEFINE_integer('limit', 0, 'Examples of each task, drawn by the s
 _NORM = flags.DEFINE_enum('norm', 'token', ['sum', 'token', 'byte', 'unconditional'],
                           'How scores of answers to choose from are compared.')
 _BATCH_SIZE = flags.DEFINE_integer('batch_size', 32, 'Rows computed at once; changes no number.', lower_bound=1)
+_SAMPLES = flags.DEFINE_integer('samples', 1, 'Programs drawn for a question, for the measures pass@10 and pass@100.',
+                                lower_bound=1)
+_TEMPERATURE = flags.DEFINE_float('temperature', 0.0, 'Of what is generated for tasks; 0: the likeliest token.',
+                                  lower_bound=0.0)
 _MAX_LENGTH = flags.DEFINE_integer('max_length', None, 'Tokens that are read at most in tasks of lm-eval; by default '
                                    'as many as the model was made for.', lower_bound=1)
 _CHAT_TEMPLATE = flags.DEFINE_string('chat_template', None, 'Asks tasks of lm-eval as conversations: the name of a '
                                      'template, or a folder that holds one.')
 _AUDITS = flags.DEFINE_list('audits', [], 'Audits, joined by commas.')
 _AUDIT_SETTINGS = flags.DEFINE_string('audit_settings', None, 'A JSON file: {audit: {setting: value}}.')
-_BASELINE = flags.DEFINE_string('baseline', None, 'In the place of a model: majority, tfidf, lead or copy, whichever the '
-                                'tasks can be answered by.')
+_BASELINE = flags.DEFINE_string('baseline', None, 'In the place of a model: majority, tfidf, lead or copy, whichever '
+                                'the tasks can be answered by.')
 _AGAINST = flags.DEFINE_string('against', None, 'The --output of another model at the same tasks: differences are '
                                'tested in pairs.')
 _DTYPE = flags.DEFINE_enum('dtype', None, ['float32', 'bfloat16'], 'Of parameters and computing; default: the run\'s.')
@@ -106,8 +110,8 @@ def main(argv: list[str]) -> None:
   """Measures what the flags ask for."""
   del argv
   if bool(_MODEL.value) == bool(_BASELINE.value):
-    raise JaxlmError('--model is missing; give a run directory, a Hugging Face folder or a GGUF file, or a --baseline in '
-                     'its place.')
+    raise JaxlmError('--model is missing; give a run directory, a Hugging Face folder or a GGUF file, or a --baseline '
+                     'in its place.')
   from jaxlm.data import tasks
   with_harness = bool(_HARNESS.value or _HARNESS_TASKS.value)
   if not _TASKS.value and not with_harness and not _AUDITS.value:
@@ -127,7 +131,8 @@ def main(argv: list[str]) -> None:
   from jaxlm import audits, exam, loading  # late, for they import jax
   asked_audits = _audits(audits)
   model = None if _BASELINE.value else loading.load(_MODEL.value, dtype=_DTYPE.value)
-  terms = exam.Terms(_SPLIT.value, _SHOTS.value, _SEED.value, _LIMIT.value, _NORM.value, _BATCH_SIZE.value)
+  terms = exam.Terms(_SPLIT.value, _SHOTS.value, _SEED.value, _LIMIT.value, _NORM.value, _BATCH_SIZE.value,
+                     _SAMPLES.value, _TEMPERATURE.value)
   kept = f'{_OUTPUT.value}.said' if _OUTPUT.value else ''
   results = {}
   for name, task in asked.items():

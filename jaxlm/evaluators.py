@@ -103,7 +103,8 @@ class Evaluators:
       if self._scores is not None:
         scores.append(np.asarray(self._scores(params, placed)))
       going_on()
-    told = {metric: sums[metric, 0] / max(sums[metric, 1], 1e-9) for metric, i in sums if i == 0 and metric != 'objective'}
+    told = {metric: sums[metric, 0] / max(sums[metric, 1], 1e-9)
+            for metric, i in sums if i == 0 and metric != 'objective'}
     if scores:
       data = self._task
       told |= verdicts.of_scores(data.task, data.examples, self._validation.encoded, data.form, np.concatenate(scores))
@@ -119,8 +120,8 @@ class Evaluators:
     return {f'eval/{name}/{metric}': value for metric, value in values.items()}
 
   def samples(self, params: Tree, step: int) -> Iterator[tuple[str, str]]:
-    """(prompt, continuation) of each prompt in the config; a prompt starts as documents do, and so has no virtual tokens:
-    of a model with such there are none."""
+    """(prompt, continuation) of each prompt in the config; a prompt starts as documents do, and so has no virtual
+    tokens: of a model with such there are none."""
     settings, vocab = self._config.eval, self._tokenizer.vocab
     if not settings.prompts or not reading.continues(self._model.config) or virtual.count(self._model.config.peft):
       return

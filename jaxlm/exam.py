@@ -14,12 +14,11 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from jaxlm import heads, trees
-from jaxlm.data import chat, examples as rows_module
-from jaxlm.data import tasks, templates
+from jaxlm.data import chat, encoders, tasks, templates
+from jaxlm.data.examples import encode
 from jaxlm.data.tasks import Example, Task
 from jaxlm.errors import JaxlmError
 from jaxlm.lm import LM
-from jaxlm.lookup import lookup
 from jaxlm.measure import baselines, intervals, sandbox, verdicts
 
 CHUNK = 64  # examples between two savings of what has been said
@@ -39,6 +38,8 @@ class Terms:
     norm: of ranked choices: one of NORMS, the answer's log-probability as it is, by token, by byte, or less its
       log-probability without the question.
     batch_size: rows computed at once; changes no answer.
+    samples: programs that are drawn for a question, for pass@k; an answer is the list of them where there are several.
+    temperature: of what is generated; 0: the likeliest token.
   """
   split: str = 'test'
   shots: int = 0
@@ -46,6 +47,8 @@ class Terms:
   limit: int = 0
   norm: str = 'token'
   batch_size: int = 32
+  samples: int = 1
+  temperature: float = 0.0
 
 
 # ---- prompts -----------------------------------------------------------------------------------------------------
@@ -78,14 +81,18 @@ def prompt_of(task: Task, example: Example, shots: Sequence[Example]) -> str:
   return task.between.join([*parts, question_text(task, example)])
 
 
+def _rng(example: Example, seed: int) -> np.random.Generator:
+  """Of a question's own draws: by its id, wherever its file lies, and the seed alone."""
+  key = int.from_bytes(hashlib.sha256(os.path.basename(example.id).encode()).digest()[:8], 'little')
+  return np.random.Generator(np.random.Philox(key=np.array([seed, key], np.uint64)))
+
+
 def choose_shots(pool: Sequence[Example], number: int, example: Example, seed: int) -> list[Example]:
   """Examples for a prompt, another draw for each question, by its id and the seed alone; never the question itself."""
   if number >= len(pool):
-    raise JaxlmError(f'shots={number}: the training split has {len(pool)} examples, of which the question may be one; ask '
-                     'for fewer.')
-  key = int.from_bytes(hashlib.sha256(example.id.encode()).digest()[:8], 'little')
-  rng = np.random.Generator(np.random.Philox(key=np.array([seed, key], np.uint64)))
-  drawn = (pool[i] for i in rng.choice(len(pool), number + 1, replace=False))
+    raise JaxlmError(f'shots={number}: the training split has {len(pool)} examples, of which the question may be one; '
+                     'ask for fewer.')
+  drawn = (pool[i] for i in _rng(example, seed).choice(len(pool), number + 1, replace=False))
   return [shot for shot in drawn if shot.id != example.id][:number]
 
 
@@ -100,11 +107,13 @@ class Said:
     id: of the example.
     prompt: what it was given, exactly.
     answer: what it said, or chose, or the numbers it gave.
+    right: what is right, in the same form, where the task says it.
     row: the example's contribution to the measure, or None where only all together have one.
   """
   id: str
   prompt: Any
   answer: Any
+  right: Any = None
   row: list[float] | None = None
 
 
@@ -112,9 +121,17 @@ Asker = Callable[[LM, Task, Sequence[Example], Sequence[str], Terms], list[Any]]
 
 
 def _generated(lm: LM, task: Task, examples: Sequence[Example], prompts: Sequence[Any], terms: Terms) -> list[Any]:
-  """Greedy continuations, up to a stop, or as far as learned positions go after that very prompt."""
+  """Continuations, up to a stop, or as far as learned positions go after that very prompt."""
   found: list[Any] = [None] * len(prompts)
   rooms = [min(task.max_new_tokens, lm.room([prompt])) for prompt in prompts]
+  if terms.temperature:
+    # A question a call: draws depend on the number of a row, which is of the question here, not of what is asked with
+    # it.
+    for row, (example, prompt, room) in enumerate(zip(examples, prompts, rooms)):
+      drawn = lm.generate([prompt] * terms.samples, max_new_tokens=room, temperature=terms.temperature, stop=task.stop,
+                          seed=int(_rng(example, terms.seed).integers(2**32)), batch_size=terms.batch_size)
+      found[row] = drawn if terms.samples > 1 else drawn[0]
+    return found
   for room in set(rooms):
     rows = [row for row, other in enumerate(rooms) if other == room]
     said = lm.generate([prompts[row] for row in rows], max_new_tokens=room, stop=task.stop, batch_size=terms.batch_size)
@@ -159,7 +176,8 @@ def _preferred(lm: LM, task: Task, examples: Sequence[Example], prompts: Sequenc
   return [int(a > b) for a, b in zip(scores[::2], scores[1::2])]
 
 
-def _documents(lm: LM, task: Task, examples: Sequence[Example], prompts: Sequence[str], terms: Terms) -> list[list[float]]:
+def _documents(lm: LM, task: Task, examples: Sequence[Example], prompts: Sequence[str],
+               terms: Terms) -> list[list[float]]:
   """(nats, tokens, bytes) of each text, every token predicted once, from at least half a window before it."""
   window = lm.model.config.max_length if lm.model.config.positions.kind == 'learned' else lm.config.seq_len
   contexts, continuations, owner = [], [], []
@@ -181,7 +199,7 @@ def _documents(lm: LM, task: Task, examples: Sequence[Example], prompts: Sequenc
 
 def _answered_chats(lm: LM, task: Task, examples: Sequence[Example], prompts: Sequence[Any], terms: Terms) -> list[str]:
   """The assistant's last turn, said again, up to what ends a turn in the template."""
-  ends = [*task.stop, *filter(None, [rows_module.template_of(lm.config.data.template).eos])]
+  ends = [*task.stop, *filter(None, [encoders.template_of(lm.config.data.template).eos])]
   said = _generated(lm, dataclasses.replace(task, stop=tuple(ends)), examples, prompts, terms)
   found = []
   for ids in said:
@@ -203,11 +221,11 @@ def _by_head(lm: LM, task: Task, examples: Sequence[Example], terms: Terms) -> l
   """
   outputs = {'regress': 1, 'span': 2}.get(task.kind, len(task.labels))
   if lm.model.config.num_labels != outputs:
-    raise JaxlmError(f'The label head of this model has {lm.model.config.num_labels} outputs, the task {outputs}; take the '
-                     'model that was fine-tuned for it.')
-  form = rows_module.form_of(lm.config, lm.tokenizer)
+    raise JaxlmError(f'The label head of this model has {lm.model.config.num_labels} outputs, the task {outputs}; take '
+                     'the model that was fine-tuned for it.')
+  form = encoders.form_of(lm.config, lm.tokenizer)
   form = dataclasses.replace(form, front=(), length=form.length - len(form.front))  # the model itself puts them there
-  encoded = rows_module.encode(task, terms.split, form, examples)
+  encoded = encode(task, terms.split, form, examples)
   cuts = encoded.begins[encoded.first[1:-1]]
   found = heads.scores(lm, np.split(encoded.ids, cuts), terms.batch_size, np.split(encoded.types, cuts))
   widest = max(x.shape[0] for x in found)
@@ -236,16 +254,18 @@ def judged(task: Task, examples: Sequence[Example], answers: Sequence[Any]) -> t
   """(the measure, each example's row of it) of what a model said."""
   metric, references = verdicts.metric_of(task), verdicts.references(task, examples)
   if task.program:
-    make = lookup({}, task.program, 'program of a task')
-    programs = [make(example.record, answer) for example, answer in zip(examples, answers)]
-    return metric, metric.rows([[result.passed] for result in sandbox.run_all(programs)])
+    said = [[answer] if isinstance(answer, str) else answer for answer in answers]
+    results = sandbox.run_all(tasks.program_of(task, example, one)
+                              for example, own in zip(examples, said) for one in own)
+    return metric, metric.rows([[next(results).passed for _ in own] for own in said])
   if task.kind == 'document':
     return metric, metric.rows([tuple(answer) for answer in answers])
   if task.kind == 'retrieve':
     # One document a text: a query whose document another query has, too, is right with either.
     numbers: dict[str, int] = {}
     own = [numbers.setdefault(example.second, len(numbers)) for example in examples]
-    answers, references = [list(dict.fromkeys(own[i] for i in order)) for order in answers], [[number] for number in own]
+    answers = [list(dict.fromkeys(own[i] for i in order)) for order in answers]
+    references = [[number] for number in own]
   if task.kind == 'prefer':
     references = [1] * len(examples)
   if task.kind == 'chat':
@@ -290,11 +310,14 @@ def _drawn(task: Task, terms: Terms) -> list[Example]:
                      np.random.Generator(np.random.Philox(terms.seed)))
 
 
-def _report(task: Task, asked: Sequence[Example], answers: Sequence[Any], said: Sequence[Said], terms: Terms) -> dict[str, Any]:
+def _report(task: Task, asked: Sequence[Example], answers: Sequence[Any], said: Sequence[Said],
+            terms: Terms) -> dict[str, Any]:
   metric, rows = judged(task, asked, answers)
   found = dict(metrics=metric.total(rows), intervals=intervals.bootstrap(metric, rows, terms.seed), examples=len(asked),
                terms=dataclasses.asdict(terms))
-  return found | dict(said=[dataclasses.asdict(dataclasses.replace(one, row=row)) for one, row in zip(said, rows.tolist())])
+  right = verdicts.references(task, asked)
+  return found | dict(said=[dataclasses.asdict(dataclasses.replace(one, right=gold, row=row))
+                            for one, gold, row in zip(said, right, rows.tolist())])
 
 
 def _asked(lm: LM, task: Task, asked: Sequence[Example], terms: Terms, kept: str) -> list[Said]:
@@ -303,6 +326,11 @@ def _asked(lm: LM, task: Task, asked: Sequence[Example], terms: Terms, kept: str
   if ask is None:
     raise JaxlmError(f'A task of kind {task.kind!r} needs a model with a label head of kind {HEADS[task.kind]!r} '
                      f'(config.model.head.labels), fine-tuned for it; this one has {lm.model.config.head.labels!r}.')
+  if terms.samples > 1 and not (task.program and terms.temperature):
+    raise JaxlmError(f'samples={terms.samples} are drawn for a task that has a `program`, at a temperature above 0; '
+                     'give both, or 1 sample.')
+  if task.program:
+    verdicts.metric_of(task).rows([[True] * terms.samples])  # too few are told of before any is drawn
   prompts = _prompts(lm, task, asked, terms)
   key = json.dumps([dataclasses.asdict(dataclasses.replace(terms, batch_size=0, limit=0)), dataclasses.asdict(task),
                     _fingerprint(lm) if kept else ''], sort_keys=True, default=str)
@@ -326,7 +354,7 @@ def _prompts(lm: LM, task: Task, asked: Sequence[Example], terms: Terms) -> list
   if task.kind == 'document':
     return [example.input for example in asked]
   if task.kind == 'chat':
-    template = rows_module.template_of(lm.config.data.template)
+    template = encoders.template_of(lm.config.data.template)
     return [_chat_prompt(lm, template, example) for example in asked]
   pool = list(tasks.examples(task, 'train')) if terms.shots else []
   shots = lambda example: choose_shots(pool, terms.shots, example, terms.seed) if terms.shots else ()
@@ -367,13 +395,20 @@ def _keep(kept: str, key: str, said: dict[str, Any]) -> None:
       file.write('\n' + json.dumps(dict(key=key, said=said)) + '\n')  # what stands before may be torn
 
 
-def compared(task: Task, found: dict[str, Any], other: dict[str, Any], seed: int) -> dict[str, dict[str, float]]:
+def _names(ids: Sequence[str]) -> list[str]:
+  """Ids without the folders of their files, where those are not needed to tell them apart."""
+  short = [os.path.basename(id) for id in ids]
+  return short if len(set(short)) == len(ids) else list(ids)
+
+
+def compared(task: Task, found: dict[str, Any], other: dict[str, Any], seed: int = 0) -> dict[str, dict[str, float]]:
   """{measure: difference to another model's results, its interval and p}, by the same examples.
 
   Raises:
     JaxlmError: the other was asked other examples.
   """
-  rows = {name: {said['id']: said['row'] for said in results['said']} for name, results in (('here', found), ('there', other))}
+  rows = {name: dict(zip(_names([said['id'] for said in results['said']]), [said['row'] for said in results['said']]))
+          for name, results in (('here', found), ('there', other))}
   if rows['here'].keys() != rows['there'].keys():
     raise JaxlmError('The two results are of other examples; measure both with the same split and limit.')
   paired = intervals.paired(verdicts.metric_of(task), np.array(list(rows['here'].values())),

@@ -29,8 +29,8 @@ _LENGTH_PENALTY = flags.DEFINE_float('length_penalty', 1.0, 'Of beams: log-proba
 _STOP = flags.DEFINE_multi_string('stop', [], 'Text that ends a continuation, and is left out; may be repeated.')
 _SPECIAL = flags.DEFINE_bool('special', False, 'Read the names of special tokens in prompts, such as [MASK], as these '
                               'tokens, not as text.')
-_DRAFT = flags.DEFINE_string('draft', None, 'A smaller model with the same tokenizer that guesses tokens, which --model '
-                             'checks several at a time; faster, and the same text.')
+_DRAFT = flags.DEFINE_string('draft', None, 'A smaller model with the same tokenizer that guesses tokens, which '
+                             '--model checks several at a time; faster, and the same text.')
 _LOOKUP = flags.DEFINE_integer('lookup', 0, 'Guess from the text itself: what followed where up to so many last tokens '
                                'stood before; 0: not.', lower_bound=0)
 _GUESSES = flags.DEFINE_integer('guesses', 4, 'Tokens guessed at a time, with --draft or --lookup.', lower_bound=1)

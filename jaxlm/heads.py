@@ -4,7 +4,7 @@ from typing import Sequence
 
 import numpy as np
 
-from jaxlm.data import examples as rows_module
+from jaxlm.data import encoders
 from jaxlm.data.tasks import Example
 from jaxlm.errors import JaxlmError
 from jaxlm.lm import LM
@@ -18,8 +18,8 @@ def padded(texts: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
   return tokens_BT, real_BT
 
 
-def scores(lm: LM, texts: Sequence[Sequence[int]], batch_size: int, types: Sequence[Sequence[int]] | None = None) -> list[
-    np.ndarray]:
+def scores(lm: LM, texts: Sequence[Sequence[int]], batch_size: int,
+           types: Sequence[Sequence[int]] | None = None) -> list[np.ndarray]:
   """What the label head says of each text, [labels], or of each of its batch's columns, [T, labels].
 
   Args:
@@ -50,8 +50,9 @@ def rewards(lm: LM, examples: Sequence[Example], texts: Sequence[str], batch_siz
   config = lm.model.config
   if config.head.labels != 'sequence' or config.num_labels != 1:
     raise JaxlmError(f'A reward model has a label head of kind \'sequence\' with 1 output; this one has '
-                     f'{config.head.labels!r} with {config.num_labels}. Train one with config.objective.name=\'reward\'.')
-  form = dataclasses.replace(rows_module.form_of(lm.config, lm.tokenizer), front=())
+                     f'{config.head.labels!r} with {config.num_labels}. Train one with '
+                     "config.objective.name='reward'.")
+  form = dataclasses.replace(encoders.form_of(lm.config, lm.tokenizer), front=())
   form = dataclasses.replace(form, length=form.length // 2 - len(lm.front))  # two of them shared a row
-  parts = [rows_module.joined_text(form, example, text).ids for example, text in zip(examples, texts)]
+  parts = [encoders.joined_text(form, example, text).ids for example, text in zip(examples, texts)]
   return [float(said[0]) for said in scores(lm, parts, batch_size)]

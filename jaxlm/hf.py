@@ -99,10 +99,11 @@ def whole_model(overrides: Mapping[str, Any]) -> dict[str, Any]:
 ROPE_KEYS = {{'default': 'none'}.get(kind, kind): {'base', 'local_base', 'fraction', 'interleaved', 'dtype', 'scaling'}
              | {keys.RENAMED.get(key, key) for key in read} for kind, read in keys.SCALINGS.items()}
 
-# Paths of config.model that say nothing about what is computed, and where that is so. The first line: how a model is
-# trained and run.
+# Paths of config.model that say nothing about what is computed, and where that is so. The first two lines: how a
+# model is trained and run.
 UNREAD: tuple[tuple[str, Callable[[Mapping[str, Any]], bool]], ...] = (
-    (r'family|vocab_size|vocab_pad_to|dropout|remat.*|scan|init/.*|peft/.*|attention/(dropout|kernel|block)', lambda m: True),
+    (r'family|vocab_size|vocab_pad_to|dropout|remat.*|scan|init/.*|peft/.*', lambda m: True),
+    (r'attention/(dropout|kernel|block)', lambda m: True),
     (r'moe/(mode|capacity_factor|balance_loss|z_loss)', lambda m: True),
     (r'encoder_layers', lambda m: m['structure'] != 'encoder_decoder'),
     (r'max_length|positions/offset', lambda m: m['positions']['kind'] != 'learned'),

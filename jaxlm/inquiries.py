@@ -7,9 +7,10 @@ from typing import Any, Hashable, Mapping, Sequence
 import numpy as np
 
 from jaxlm.data import tasks
+from jaxlm.data.records import READERS
 from jaxlm.errors import JaxlmError
 from jaxlm.measure import intervals
-from jaxlm.measure.scores import Metric
+from jaxlm.measure.metric import Metric
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +49,7 @@ def records(settings: Settings) -> list[tuple[str, Mapping[str, Any]]]:
   for path in paths:
     if not os.path.isfile(path):
       raise JaxlmError(f'files: {path!r} is no file (looked from {os.getcwd()}); give the path of a JSONL or CSV file.')
-    found += tasks.READERS['csv' if path.endswith('.csv') else 'jsonl'](glob.escape(path), '')
+    found += READERS['csv' if path.endswith('.csv') else 'jsonl'](glob.escape(path), '')
   if not found:
     raise JaxlmError(f'files={settings.files!r} gives no record; name a JSONL or CSV file that has some.')
   return tasks.drawn(found, settings.limit, np.random.Generator(np.random.Philox(settings.seed)))

@@ -66,7 +66,8 @@ class Journal:
     self._step, self._now = 0, {}
     self._pending: Told | None = None
     peak, source = peak_flops(jax.devices(), config.precision.compute)
-    self.meter = Meter(flops_per_token, peak, position.seconds, position.tokens)
+    self._read = 0  # tokens, padding apart, since the run was begun or went on
+    self.meter = Meter(flops_per_token, peak, position.seconds, self._read)
     done = f'after {step} of {config.steps} steps' if step else f'{config.steps} steps to do'
     self.writer.say(f'{workdir}: {done}; peak {peak / 1e12:.3g} TFLOP/s ({source}).')
 
@@ -86,6 +87,7 @@ class Journal:
     told.metrics = {name: float(value) for name, value in jax.device_get(told.metrics).items()}
     position.seconds = self.meter.seconds()
     bad, targets = not told.metrics.pop('finite'), told.metrics.pop('targets')
+    self._read += round(told.metrics.pop('read'))
     if not bad:
       position.tokens += round(targets)
     else:
@@ -94,7 +96,7 @@ class Journal:
       self._write(told.step, told.examples[1], position, action)
       self.writer.say(f'{told}; {self.config.on_nonfinite}.')
     if bad or due(told.step, self.config.log_every) or told.step in (1, self.config.steps):
-      self._write(told.step, told.examples[1], position, {**told.metrics, **self.meter.read(position.tokens)})
+      self._write(told.step, told.examples[1], position, {**told.metrics, **self.meter.read(self._read)})
     self.writer.advance(told.step)
     return told if bad and self.config.on_nonfinite != 'skip' else None
 
@@ -128,14 +130,14 @@ class Journal:
     settings = self.config.checkpoint
     if not 0 < settings.patience <= position.waited:
       return False
-    self.writer.say(f'{settings.best_metric} has not been better than {position.best} for {position.waited} evaluations; '
-                    'the run ends here. Raise config.checkpoint.patience to go on.')
+    self.writer.say(f'{settings.best_metric} has not been better than {position.best} for {position.waited} '
+                    'evaluations; the run ends here. Raise config.checkpoint.patience to go on.')
     return True
 
   def back(self, step: int, position: Position) -> None:
     """After a rewind."""
     self._pending = None
-    self.meter.restart(position.seconds, position.tokens)
+    self.meter.restart(position.seconds, self._read)
     self.writer.say(f'rewound to step {step}; the stream goes on after example {position.skips[-1][1] - 1}.')
     self._write(step, position.examples, position, {'skips': position.skips[-1:]})
     self.writer.advance(step)

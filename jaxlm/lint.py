@@ -92,11 +92,16 @@ def _activations(program: Program, parts: Parts, config: Any) -> Iterator[str]:
         yield f'{_place(x)}: {_dims(dims)} has all {n} of {axis}, which {layout.parts(axis)} devices share.'
 
 
+UNMADE = ('parameter', 'get-tuple-element', 'tuple', 'bitcast')  # opcodes that write nothing
+
+
 def _arrays(program: Program) -> Iterator[Instruction]:
   """Arrays of floats that exist in memory."""
   for computation, x, _, _ in program.walk():
-    if SCOPE not in x.source and computation not in program.fused and len(x.shapes) == 1 and x.shapes[0][0] in ('f32', 'bf16', 'f16') and (
-        x.opcode not in ('parameter', 'get-tuple-element', 'tuple', 'bitcast')) and len(x.shapes[0][1]) > 2:
+    if SCOPE in x.source or computation in program.fused or x.opcode in UNMADE or len(x.shapes) != 1:
+      continue
+    dtype, dims = x.shapes[0]
+    if dtype in ('f32', 'bf16', 'f16') and len(dims) > 2:
       yield x
 
 
@@ -122,8 +127,8 @@ def _messages(messages: list[Message], parts: Parts, config: Any) -> Iterator[st
   for message in messages:
     if message.bytes <= small or set(message.axes) <= expected[message.kind]:
       continue
-    # Where devices are idle that share no weight, XLA lets them multiply a part of its gradient, and moves that; outside
-    # of the stages, those along them are idle.
+    # Where devices are idle that share no weight, XLA lets them multiply a part of its gradient, and moves that;
+    # outside of the stages, those along them are idle.
     idle = storage | inside if '_staged' in message.source else storage | inside | {stages.AXIS}
     moved = message.kind == 'collective-permute' or stages.AXIS in message.axes
     if not moved or message.bytes > weight or not set(message.axes) <= idle:

@@ -5,24 +5,21 @@ import functools
 from typing import Any, Callable, Iterator, Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from jaxlm import decode, losses, reading, trees
+from jaxlm import decode, passes, reading, trees, wording
 from jaxlm.data import tokenizers
 from jaxlm.errors import JaxlmError
 from jaxlm.models import peft, virtual
 from jaxlm.models.config import PeftConfig
-from jaxlm.models.transformer import Transformer, pool
+from jaxlm.models.transformer import Transformer
 from jaxlm.sampling import Sampling, bucket
 from jaxlm.sharding import Layout
 from jaxlm.speculation import Guesses
 from jaxlm.types import Array, Prompt, Tree
+from jaxlm.wording import Text
 
-Text = str | Sequence[int]  # text, or its ids
-
-HEARD = 4      # tokens of a row between two looks, where somebody listens
-SCORED = 2048  # positions whose logits exist at once while scoring: 0.4 GB at 50,000 pieces
+HEARD = 4  # tokens of a row between two looks, where somebody listens
 
 
 class LM:
@@ -60,7 +57,7 @@ class LM:
     self._encodes = model.config.structure == 'encoder_decoder'
     size = self.model.config.vocab_size
     self.front = list(range(size, size + virtual.count(self.model.config.peft)))
-    self._prompting = functools.partial(_fronted, self.front, self._encodes, prompting or Prompt)
+    self._prompting = functools.partial(wording.fronted, self.front, self._encodes, prompting or Prompt)
     vocab = tokenizers.Vocab(0) if tokenizer is None else tokenizer.vocab
     one = lambda on, id: [id] if on and id is not None else []
     self.start, self.end = frame or (one(config.data.bos, vocab.first), one(config.data.eos, vocab.last))
@@ -101,7 +98,8 @@ class LM:
                 source_mask: Any = None) -> list[Array]:
     """A layer: float32 [B, N, T, T], how much each token (row) of each head takes from each other; to look at.
 
-    The arguments of `logits`. Columns of virtual tokens come first. Of an encoder-decoder it is the decoder's, among its own tokens.
+    The arguments of `logits`. Columns of virtual tokens come first. Of an encoder-decoder it is the decoder's, among
+    its own tokens.
     """
     config = self.model.config
     if config.mixer != 'attention':
@@ -109,7 +107,7 @@ class LM:
     rows = self._given(tokens_BT, source_BS, mask, source_mask)
     model = self.model.clone(config=dataclasses.replace(
         config, attention=dataclasses.replace(config.attention, kernel='dense')))
-    see = lambda params, rows: model.apply({'params': params}, _batch(config, *rows), mutable='attention')[1]
+    see = lambda params, rows: model.apply({'params': params}, passes.batch(config, *rows), mutable='attention')[1]
     T = rows[0][0].shape[1]
     if self.front:
       rows[-1] = self._behind_front(*rows[-1])
@@ -132,14 +130,14 @@ class LM:
       reading.check_tokens(types, self.model.config.embedding.token_types, 'types')
       types = np.pad(types, [(0, n - m) for n, m in zip(grown[0][0].shape, types.shape)][:1] + [
           (P, grown[0][0].shape[1] - P - types.shape[1])])
-    found = _outputs(self.model, self.params, *grown, what=what, types=types)
+    found = passes.outputs(self.model, self.params, *grown, what=what, types=types)
     return found[:B] if found.ndim == 2 else found[:B, P:P + T]
 
   def _behind_front(self, tokens_BT: np.ndarray, real_BT: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Rows with virtual tokens before them."""
     front = np.broadcast_to(np.array(self.front, np.int32), (len(tokens_BT), len(self.front)))
-    reading.check_length(self.model, len(self.front) + int(real_BT.sum(1).max()), 'The longest row with its virtual tokens',
-                         'Give shorter rows.')
+    reading.check_length(self.model, len(self.front) + int(real_BT.sum(1).max()),
+                         'The longest row with its virtual tokens', 'Give shorter rows.')
     return np.concatenate([front, tokens_BT], 1), np.concatenate([np.ones(front.shape, bool), real_BT], 1)
 
   def _given(self, tokens: Any, source: Any, mask: Any, source_mask: Any) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -173,7 +171,7 @@ class LM:
       tokens_BT = np.zeros(0)  # lists of unequal length
     if tokens_BT.ndim != 2 or not tokens_BT.size:
       raise JaxlmError(f'{name} must be ids in rows of one length, [B, T], and not empty; got '
-                       f'{_described(tokens)}. Fill shorter rows up with any id, and give mask=0 there.')
+                       f'{wording.described(tokens)}. Fill shorter rows up with any id, and give mask=0 there.')
     real_BT = np.ones(tokens_BT.shape, bool) if mask is None else np.asarray(mask).astype(bool)
     if real_BT.shape != tokens_BT.shape:
       raise JaxlmError(f'mask must have the shape of {name}, {tokens_BT.shape}; got {real_BT.shape}.')
@@ -203,8 +201,8 @@ class LM:
       draft: a smaller model that guesses `guesses` tokens at a time, which this one checks in one pass; what is said is
         the same, or drawn from the same distribution.
       lookup: guess what followed the last tokens, as many as agree up to this number, where they stood before; 0: not.
-      heard: told, while texts are produced, the number of a prompt and what has been added to it since; beams tell all at
-        once. A character or a stop that is not whole yet is held back.
+      heard: told, while texts are produced, the number of a prompt and what has been added to it since; beams tell all
+        at once. A character or a stop that is not whole yet is held back.
     """
     self._needs_head('generate')
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed,
@@ -214,8 +212,8 @@ class LM:
       raise JaxlmError('The draft model has another tokenizer; take one that was trained on the same ids.')
     if lookup or draft is not None:
       how = Guesses(guesses, lookup, draft and draft.model, draft and draft.params)
-    stops = _stops(stop)
-    single, prompts = _listed(prompts)
+    stops = wording.stops_of(stop)
+    single, prompts = wording.listed(prompts)
     ids, first = zip(*(self._prompt(prompt, special) for prompt in prompts)) if prompts else ((), ())
     for row, (prompt, found) in enumerate(zip(prompts, ids)):
       if isinstance(prompt, str) and not found:
@@ -227,9 +225,9 @@ class LM:
 
     def said(row, new):
       if isinstance(prompts[row], str):
-        text = self._text([] if self._encodes else ids[row], new, stops)
+        text = wording.said(self.tokenizer, self.eos, [] if self._encodes else ids[row], new, stops)
         return text if first[row] is None else text[1:]  # the space is the prompt's
-      return self._cut(new, told) if stops else new
+      return wording.cut(new, told) if stops else new
 
     known = [0] * len(prompts)
 
@@ -276,7 +274,7 @@ class LM:
                        "use one trained with objective.name='causal'.")
     if isinstance(contexts, str) or isinstance(continuations, str) or len(contexts) != len(continuations):
       raise JaxlmError('contexts and continuations must be two lists of one length; got '
-                       f'{_described(contexts)} and {_described(continuations)}.')
+                       f'{wording.described(contexts)} and {wording.described(continuations)}.')
     pairs = [self._pair(*pair, row) for row, pair in enumerate(zip(contexts, continuations))]
     found: list[tuple[float, int, bool]] = [(0.0, 0, True)] * len(pairs)
     for rows, inputs in self._batches([prompt for prompt, _ in pairs], batch_size):
@@ -285,7 +283,7 @@ class LM:
         prompt, targets = pairs[row]
         end = len(prompt.ids)
         targets_BT[i, end - len(targets):end], weights_BT[i, end - len(targets):end] = targets, 1
-      nats_B, correct_B = map(np.asarray, _scores(self.model, self.params, inputs, targets_BT, weights_BT))
+      nats_B, correct_B = map(np.asarray, passes.scores(self.model, self.params, inputs, targets_BT, weights_BT))
       for i, row in enumerate(rows):
         count = len(pairs[row][1])
         found[row] = float(nats_B[i]) + 0.0, count, int(correct_B[i]) == count
@@ -302,7 +300,7 @@ class LM:
       texts: a text, texts, or lists of ids; a single one gives [D].
       batch_size: texts at once.
     """
-    single, texts = _listed(texts)
+    single, texts = wording.listed(texts)
     whole = self._encodes or self.model.config.visibility == 'full'
     ids = [self._ids(text) + (self.end if whole and isinstance(text, str) else []) for text in texts]
     for row, found in enumerate(ids):
@@ -311,15 +309,15 @@ class LM:
       reading.check_length(self.model, len(found), f'Text {row}', 'Cut it into pieces.')
     means = np.zeros((len(texts), self.model.config.width), np.float32)
     how = self.model.config.head.pool if self.config.objective.name == 'contrast' else 'mean'
-    fronted = functools.partial(_fronted, self.front, self._encodes)
+    fronted = functools.partial(wording.fronted, self.front, self._encodes)
     prompts = [fronted(lambda found: Prompt([0], found), found) if self._encodes else fronted(Prompt, found)
                for found in ids]
     for rows, inputs in self._batches(prompts, batch_size):
-      means[rows] = np.asarray(_means(self.model, self.params, inputs, how))[:len(rows)]
+      means[rows] = np.asarray(passes.means(self.model, self.params, inputs, how))[:len(rows)]
     return means[0] if single else means
 
   def merged(self) -> 'LM':
-    """The same model with its delta in its weights: as fast as the base, and exported like one. This one stays as it is.
+    """The same model with its delta in its weights, as fast as the base and exported like one; this one stays as it is.
 
     Raises:
       JaxlmError: the method adds what weights cannot express.
@@ -396,19 +394,6 @@ class LM:
     prompt = self._prompting(ids[:-count])
     return dataclasses.replace(prompt, ids=[*prompt.ids, *ids[-count:-1]]), ids[-count:]
 
-  def _text(self, prompt: list[int], new: list[int], stops: Sequence[str]) -> str:
-    """The text that ids add to a prompt, cut before the first stop."""
-    new = new[:-1] if new and new[-1] in self.eos else new
-    # With some of the prompt before it: pieces may lose a leading space, or begin in the middle of a character.
-    near = prompt[-8:]
-    before, both = self.tokenizer.decode(near), self.tokenizer.decode(near + new)
-    text = both[len(before):] if both.startswith(before) else self.tokenizer.decode(new)
-    return text[:min((at for at in (text.find(s) for s in stops) if at >= 0), default=len(text))]
-
-  def _cut(self, new: list[int], told: Any) -> list[int]:
-    """Ids up to the one that completes a stop."""
-    return next((new[:n] for n in range(1, len(new) + 1) if told(new[:n])), new)
-
   def _batches(self, prompts: Sequence[Prompt], batch_size: int) -> Iterator[tuple[list[int], reading.Inputs]]:
     """Yields (numbers of prompts, those as arrays), like lengths together; empty ones are left out."""
     lengths = [(len(prompt.ids), len(prompt.source)) for prompt in prompts]
@@ -416,88 +401,3 @@ class LM:
     for start in range(0, len(order), batch_size):
       rows = order[start:start + batch_size]
       yield rows, reading.pad(self.model, [prompts[i] for i in rows])
-
-
-def _fronted(front: list[int], encodes: bool, prompting: Callable[[list[int]], Prompt], ids: list[int]) -> Prompt:
-  """What is continued where a text is given, behind the virtual tokens."""
-  prompt = prompting(ids)
-  if not front:
-    return prompt
-  if encodes:
-    return dataclasses.replace(prompt, source=[*front, *prompt.source])
-  return dataclasses.replace(prompt, ids=[*front, *prompt.ids], context=prompt.context and prompt.context + len(front))
-
-
-def _listed(given: Any) -> tuple[bool, list[Text]]:
-  """(whether one text or one list of ids was given, a list of them)."""
-  if isinstance(given, str):
-    return True, [given]
-  given = list(given)
-  if given and all(isinstance(item, (int, np.integer)) for item in given):
-    return True, [given]
-  if not all(isinstance(item, str) for item in given) and any(isinstance(item, str) or np.ndim(item) != 1
-                                                              for item in given):
-    raise JaxlmError(f'Wanted a text, texts, ids or lists of ids; got {_described(given)}.')
-  return False, given
-
-
-def _stops(stop: str | Sequence[str]) -> tuple[str, ...]:
-  stops = (stop,) if isinstance(stop, str) else tuple(stop)
-  if not all(isinstance(text, str) and text for text in stops):
-    raise JaxlmError(f'stop must be texts, none of them empty; got {stop!r}.')
-  return stops
-
-
-def _described(value: Any) -> str:
-  if isinstance(value, (str, bytes)) or not hasattr(value, '__len__'):
-    return repr(value)[:60]
-  shape = getattr(value, 'shape', None)
-  return f'an array of shape {tuple(shape)}' if shape is not None else f'{type(value).__name__} of {len(value)}'
-
-
-# ---- what is compiled --------------------------------------------------------------------------------------------
-
-
-def _batch(config: Any, rows: tuple[Array, Array], source: tuple[Array, Array] | None = None) -> dict[str, Array]:
-  batch = reading.batch_of(config, *map(jnp.asarray, rows))
-  if source is not None:
-    batch |= {'source_tokens': jnp.asarray(source[0]), 'source_segment_ids': jnp.asarray(source[1], jnp.int32)}
-  return batch
-
-
-@functools.partial(jax.jit, static_argnames=('model', 'what'))
-def _outputs(model: Transformer, params: Tree, rows: tuple[Array, Array], source: tuple[Array, Array] | None = None,
-             what: str = 'logits', types: Array | None = None) -> Array:
-  batch = _batch(model.config, rows, source) | ({} if types is None else {'token_types': jnp.asarray(types)})
-  out = model.apply({'params': params}, batch, with_logits=what == 'logits')
-  return out.logits[..., :model.config.vocab_size] if what == 'logits' else getattr(out, what)
-
-
-def _real(ids_BT: Array, lengths_B: Array) -> Array:
-  return jnp.arange(ids_BT.shape[1]) < lengths_B[:, None]
-
-
-@functools.partial(jax.jit, static_argnames='model')
-def _scores(model: Transformer, params: Tree, inputs: reading.Inputs, targets_BT: Array,
-            weights_BT: Array) -> tuple[Array, Array]:
-  """(log-probability of the targets that count, summed; how many of them are the likeliest), [B] each."""
-  batch = reading.batch_of(model.config, inputs.tokens_BT, _real(inputs.tokens_BT, inputs.lengths_B), inputs)
-  out = model.apply({'params': params}, batch | reading.sources(inputs), with_logits=False)
-  unembedding = model.apply({'params': params}, method='unembedding')
-  vocabulary = losses.Vocabulary(model.config.vocab_size, model.config.logit_softcap, 0.0, 0.0,
-                                 max(1, SCORED // targets_BT.shape[0]), model.layout)
-  nll_BT, correct_BT = losses.token_losses(vocabulary, out.features, *unembedding, targets_BT)
-  total = lambda x_BT: jnp.where(weights_BT > 0, x_BT, 0).sum(1)
-  return jax.lax.with_sharding_constraint((-total(nll_BT), total(correct_BT)), model.layout.replicated)
-
-
-@functools.partial(jax.jit, static_argnames=('model', 'how'))
-def _means(model: Transformer, params: Tree, inputs: reading.Inputs, how: str = 'mean') -> Array:
-  if inputs.source_BS is not None:
-    hidden_BSD, tokens, _ = model.apply({'params': params}, reading.sources(inputs), method='encode')
-    mean_BD = pool(hidden_BSD, virtual.real(model.config, inputs.source_BS, tokens.segments), how)
-  else:
-    real_BT = _real(inputs.tokens_BT, inputs.lengths_B)
-    mean_BD = pool(_outputs(model, params, (inputs.tokens_BT, real_BT), what='hidden'),
-                   virtual.real(model.config, inputs.tokens_BT, real_BT), how)
-  return jax.lax.with_sharding_constraint(mean_BD.astype(jnp.float32), model.layout.replicated)

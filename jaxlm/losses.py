@@ -29,6 +29,8 @@ class Vocabulary:
     smoothing: of the target's probability, spread evenly (Szegedy et al. 2016).
     chunk: positions of a row whose logits exist at once.
     layout: pins logits.
+    teacher_weight: of a teacher's part of the loss, where a batch has one; the targets' own gets the rest.
+    temperature: at which teacher and model are compared.
   """
   size: int
   softcap: float
@@ -36,6 +38,8 @@ class Vocabulary:
   smoothing: float
   chunk: int
   layout: Layout
+  teacher_weight: float = 0.5
+  temperature: float = 1.0
 
 
 def _matrix(vocabulary: Vocabulary, w_VD: Array, dtype: Any) -> Array:
@@ -114,13 +118,13 @@ def _logit_gradient(vocabulary: Vocabulary, logits_BTV: Array, likely: _Likeliho
   return grad_BTV * weights_BT[..., None]
 
 
-def _by_chunk(vocabulary: Vocabulary, fn, carry: Tree, hidden_BTD: Array, targets_BT: Array, weights_BT: Array):
-  """Scans `fn(carry, (hidden, targets, weights)) -> carry, outputs` over pieces of the length; outputs are [B, T, …].
+def _by_chunk(vocabulary: Vocabulary, fn, carry: Tree, *arrays: Array):
+  """Scans `fn(carry, arrays) -> carry, outputs` over pieces of the length; arrays and outputs are [B, T, …].
 
   Inside `fn`, T is the length of a piece. A piece has columns from everywhere: where the length is split over devices,
   each has its share of every piece.
   """
-  length = targets_BT.shape[1]
+  length = arrays[0].shape[1]
   pieces = -(-length // vocabulary.chunk)
   size = -(-length // pieces)
 
@@ -129,8 +133,8 @@ def _by_chunk(vocabulary: Vocabulary, fn, carry: Tree, hidden_BTD: Array, target
     return jnp.moveaxis(x.reshape(x.shape[0], size, pieces, *x.shape[2:]), 2, 0)
 
   if pieces == 1:
-    return fn(carry, (hidden_BTD, targets_BT, weights_BT))
-  carry, outputs = jax.lax.scan(fn, carry, (cut(hidden_BTD), cut(targets_BT), cut(weights_BT)))
+    return fn(carry, arrays)
+  carry, outputs = jax.lax.scan(fn, carry, tuple(map(cut, arrays)))
   join = lambda y: jnp.moveaxis(y, 0, 2).reshape(y.shape[1], pieces * size, *y.shape[3:])[:, :length]
   return carry, jax.tree.map(join, outputs)
 
@@ -140,10 +144,10 @@ def token_losses(vocabulary: Vocabulary, hidden_BTD: Array, w_VD: Array, b_V: Ar
   """(nll in nats, 1 where the target is the likeliest token), float32 [B, T] each; for measuring, not training."""
   w_VD = _matrix(vocabulary, w_VD, hidden_BTD.dtype)
   def piece(carry, inputs):
-    hidden_BTD, targets_BT, _ = inputs
+    hidden_BTD, targets_BT = inputs
     logits_BTV = _logits(vocabulary, hidden_BTD, w_VD, b_V)
     return carry, _token_losses(vocabulary, logits_BTV, _likelihoods(logits_BTV), targets_BT)[1:]
-  return _by_chunk(vocabulary, piece, (), hidden_BTD, targets_BT, jnp.ones(targets_BT.shape, jnp.float32))[1]
+  return _by_chunk(vocabulary, piece, (), hidden_BTD, targets_BT)[1]
 
 
 def token_nll(vocabulary: Vocabulary, hidden_BTD: Array, w_VD: Array, b_V: Array | None, targets_BT: Array) -> Array:
@@ -155,11 +159,75 @@ def token_nll(vocabulary: Vocabulary, hidden_BTD: Array, w_VD: Array, b_V: Array
 
   @jax.checkpoint
   def piece(carry, inputs):
-    hidden_BTD, targets_BT, _ = inputs
+    hidden_BTD, targets_BT = inputs
     logits_BTV = _logits(vocabulary, hidden_BTD, w_VD, b_V)
     target_BT = jnp.take_along_axis(logits_BTV, targets_BT[..., None], axis=-1)[..., 0]
     return carry, jax.nn.logsumexp(logits_BTV, axis=-1) - target_BT
-  return _by_chunk(vocabulary, piece, (), hidden_BTD, targets_BT, jnp.ones(targets_BT.shape, jnp.float32))[1]
+  return _by_chunk(vocabulary, piece, (), hidden_BTD, targets_BT)[1]
+
+
+# ---- a teacher ---------------------------------------------------------------------------------------------------
+
+
+def opinion(vocabulary: Vocabulary, hidden_BTD: Array, w_VD: Array, b_V: Array | None, top_k: int) -> dict[str, Array]:
+  """What a teacher says of each place, as a batch holds it: `teacher_log_probs`, and `teacher_ids` with a top_k.
+
+  Args:
+    top_k: of the likeliest tokens; the last log-prob is that of all others together. 0: of all tokens.
+  """
+  w_VD = _matrix(vocabulary, w_VD, hidden_BTD.dtype)
+
+  def piece(carry, inputs):
+    log_probs_BTV = jax.nn.log_softmax(_logits(vocabulary, *inputs, w_VD, b_V) / vocabulary.temperature)
+    if not top_k:
+      return carry, dict(teacher_log_probs=log_probs_BTV)
+    most_BTK, ids_BTK = jax.lax.top_k(log_probs_BTV, top_k)
+    return carry, dict(teacher_log_probs=_with_rest(most_BTK), teacher_ids=ids_BTK)
+  return _by_chunk(vocabulary, piece, (), hidden_BTD)[1]
+
+
+def _with_rest(log_probs_BTK: Array) -> Array:
+  """[B, T, K + 1]: and the log-prob of what is none of these; what float32 cannot tell from 0 counts as its eps."""
+  total_BT1 = jnp.minimum(jnp.exp(log_probs_BTK).sum(-1, keepdims=True), 1 - jnp.finfo(jnp.float32).eps)
+  return jnp.concatenate([log_probs_BTK, jnp.log1p(-total_BT1)], axis=-1)
+
+
+def divergence(vocabulary: Vocabulary, hidden_BTD: Array, w_VD: Array, b_V: Array | None, log_probs_BTK: Array,
+               ids_BTK: Array | None = None) -> Array:
+  """float32 [B, T]: KL(teacher, model) at each place, at the temperature, differentiable.
+
+  Of a teacher's likeliest tokens it is that of distributions over those and "any other", which is never above the
+  whole one, and 0 where both agree. (Tokens alone, scaled to 1, would teach a model to be too sure of them.)
+
+  Args:
+    log_probs_BTK, ids_BTK: as `opinion` has them.
+  """
+  w_VD = _matrix(vocabulary, w_VD, hidden_BTD.dtype)
+
+  @jax.checkpoint
+  def piece(carry, inputs):
+    hidden_BTD, theirs_BTK, *ids = inputs
+    ours_BTK = jax.nn.log_softmax(_logits(vocabulary, hidden_BTD, w_VD, b_V) / vocabulary.temperature)
+    if ids:
+      ours_BTK = _with_rest(jnp.take_along_axis(ours_BTK, ids[0], axis=-1))
+    return carry, _kl(theirs_BTK, ours_BTK)
+  ids = () if ids_BTK is None else (ids_BTK,)
+  return _by_chunk(vocabulary, piece, (), hidden_BTD, log_probs_BTK, *ids)[1]
+
+
+def _kl(theirs: Array, ours: Array) -> Array:
+  """KL of log-probs over the last dim; what the first says cannot be is not looked at."""
+  there = jnp.isfinite(theirs)
+  theirs, ours = jnp.where(there, theirs, 0), jnp.where(there, ours, 0)
+  return jnp.where(there, jnp.exp(theirs) * (theirs - ours), 0).sum(-1)
+
+
+def class_divergence(theirs_BC: Array, ours_BC: Array, temperature: float) -> Array:
+  """KL(teacher, model) of scores of classes over the last dim, at a temperature."""
+  return _kl(*(jax.nn.log_softmax(scores_BC / temperature) for scores_BC in (theirs_BC, ours_BC)))
+
+
+# ---- the loss of tokens ------------------------------------------------------------------------------------------
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -246,7 +314,7 @@ cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward)
 def vocabulary_of(model: Transformer, loss: Any) -> Vocabulary:
   """The static part of the loss: of a model and the `loss` part of a config."""
   return Vocabulary(model.config.vocab_size, model.config.logit_softcap, loss.z_loss, loss.label_smoothing, loss.chunk,
-                    model.layout)
+                    model.layout, loss.teacher.weight, loss.teacher.temperature)
 
 
 def lm_loss(model: Transformer, vocabulary: Vocabulary, params: Tree, batch: dict[str, Array],
@@ -261,6 +329,12 @@ def lm_loss(model: Transformer, vocabulary: Vocabulary, params: Tree, batch: dic
   total, sums = cross_entropy(vocabulary, output.features, *unembedding, batch['targets'], weights_BT)
   weight_B, count = weights_BT.sum(1), weights_BT.sum()
   told = {'loss': (sums['nll'], count), 'accuracy': (sums['correct'], count)}
+  if 'teacher_log_probs' in batch:
+    kl_BT = divergence(vocabulary, output.features, *unembedding, batch['teacher_log_probs'], batch.get('teacher_ids'))
+    kl = jnp.where(weights_BT != 0, kl_BT * weights_BT, 0).sum()
+    # By the square: the gradient of softer scores is as much smaller (Hinton et al. 2015, section 2.1).
+    total = (1 - vocabulary.teacher_weight) * total + vocabulary.teacher_weight * vocabulary.temperature ** 2 * kl
+    told['teacher_kl'] = kl, count
   for i, features_BTE in enumerate(output.future):
     weights = batch['future_weights'][..., i]
     ahead, sums = cross_entropy(vocabulary, features_BTE, *unembedding, batch['future_targets'][..., i], weights)

@@ -9,7 +9,7 @@ from typing import Any, Callable
 
 import numpy as np
 
-from jaxlm import answers, masking, middles, orders, pairs, prompts, rows, spans
+from jaxlm import answers, fits, masking, middles, orders, pairs, prompts, rows, spans
 from jaxlm.errors import JaxlmError
 from jaxlm.lookup import lookup
 from jaxlm.rows import Example, Item
@@ -88,118 +88,12 @@ def shapes(objective: Objective, seq_len: int) -> dict[str, tuple[tuple[int, ...
   return {key: (np.shape(value), np.asarray(value).dtype) for key, value in example.items()}
 
 
-# ---- what fits what ----------------------------------------------------------------------------------------------
-
-# objective -> the kinds of model that can express it, and who sees whom there. A recurrent net sees what came before.
-_LEFT_TO_RIGHT = dict(decoder='causal', recurrent='causal')
-_TEXT_TO_TEXT = dict(encoder_decoder='causal', decoder='order')
-FITS: dict[str, dict[str, str]] = {
-    'causal': _LEFT_TO_RIGHT, 'multi_token': _LEFT_TO_RIGHT, 'fim': _LEFT_TO_RIGHT,
-    'prefix': _TEXT_TO_TEXT, 'span': _TEXT_TO_TEXT, 'ul2': _TEXT_TO_TEXT, 'denoising': _TEXT_TO_TEXT,
-    'infilling': dict(decoder='order'), 'permutation': dict(two_stream='order'),
-    'masked': dict(encoder='full'), 'replaced': dict(encoder='full'), 'translation': dict(encoder='full'),
-    'next_sentence': dict(encoder='full'), 'sentence_order': dict(encoder='full'),
-    **{name: dict(encoder='full', **_LEFT_TO_RIGHT) for name in ('classify', 'multi_label', 'regress', 'tag', 'extract',
-                                                                 'contrast')},
-    'reward': dict(encoder='full', **_LEFT_TO_RIGHT),
-    'answer': dict(encoder_decoder='causal', **_LEFT_TO_RIGHT), 'prefer': _LEFT_TO_RIGHT, 'grpo': _LEFT_TO_RIGHT,
-}
-
-# objective -> the kinds of task (`data.task`) whose answers it learns
-ANSWERS: dict[str, tuple[str, ...]] = {
-    'classify': ('classify',), 'multi_label': ('multi_label',), 'regress': ('regress',), 'tag': ('tag',),
-    'extract': ('span',), 'contrast': ('retrieve',), 'answer': ('text', 'chat', 'choice'), 'prefer': ('prefer',),
-    'reward': ('prefer',),
-    'grpo': ('text',),
-}
-
-_TWO_LABELS = ('head.num_labels', lambda n: n >= 2, 'at least 2')
-_TWO_TEXTS = ('embedding.token_types', lambda n: n != 1, '0, or at least 2')  # RoBERTa's table has one row
-
-# objective -> what else of the model it needs: key, whether its value will do, what will
-NEEDS: dict[str, tuple[tuple[str, Callable[[Any], bool], str], ...]] = {
-    'multi_token': (('future_heads', lambda n: n >= 1, 'at least 1'),),
-    'replaced': (('generator.width', lambda n: n >= 1, 'at least 1'),
-                 ('head.labels', lambda name: name == 'replaced', "'replaced'")),
-    'next_sentence': (('head.labels', lambda name: name == 'sequence', "'sequence'"), _TWO_LABELS, _TWO_TEXTS),
-    'sentence_order': (('head.labels', lambda name: name == 'sequence', "'sequence'"), _TWO_LABELS, _TWO_TEXTS),
-    'translation': (_TWO_TEXTS,),
-    **{name: (('head.labels', lambda head, wanted=wanted: head == wanted, repr(wanted)),) for name, wanted in (
-        ('classify', 'sequence'), ('multi_label', 'sequence'), ('regress', 'sequence'), ('tag', 'token'),
-        ('extract', 'span'))},
-    'reward': (('head.labels', lambda head: head == 'sequence', "'sequence'"), ('head.num_labels', lambda n: n == 1, '1')),
-}
-
-
-def kind(config) -> str:
-  """encoder, decoder, encoder_decoder or two_stream; 'recurrent' is a decoder without attention."""
-  structure, recurrent = config.model.structure, config.model.mixer != 'attention'
-  if structure == 'decoder':
-    return 'recurrent' if recurrent else 'decoder'
-  return structure if not recurrent or structure == 'encoder_decoder' else f'recurrent {structure}'
-
-
 def visibility(config) -> str:
   """The visibility that `make` would give the objective, without a tokenizer; a mismatch gives what it mostly has."""
-  fits = FITS.get(config.objective.name)
-  if fits is None:
+  sees = fits.FITS.get(config.objective.name)
+  if sees is None:
     return make(config, None).visibility
-  return fits.get(kind(config), next(iter(fits.values())))
-
-
-def mismatch(config) -> str | None:
-  """Why the config's model cannot be trained on its objective and what would fit, in a line; None if it can."""
-  name, model = config.objective.name, config.model
-  if name not in FITS:
-    return None  # one of the user's own
-  here, fits = kind(config), FITS[name]
-  if here not in fits:
-    others = [other for other in FITS if here in FITS[other]]
-    says = f'config.model.structure is {model.structure!r}'
-    if model.mixer != 'attention':
-      says += f' of {model.mixer!r}'
-    return (f'objective {name!r} needs a model of kind {" or ".join(fits)}; {says}, which fits: '
-            f'{", ".join(others) or "no objective; set config.model.mixer to attention"}.')
-  for path, holds, wanted in NEEDS.get(name, ()):
-    value = functools.reduce(lambda node, part: node[part], path.split('.'), model)
-    if not holds(value):
-      return f'objective {name!r} needs config.model.{path} to be {wanted}; it is {value!r}.'
-  if name != 'replaced' and not model.head.lm and name not in WITHOUT_WORDS:
-    return f'objective {name!r} predicts tokens, so it needs config.model.head.lm to be True.'
-  if name != 'multi_token' and model.future_heads:
-    return f'objective {name!r} predicts one token at a place; set config.model.future_heads=0, or use multi_token.'
-  return _settings_fault(config) or _sentinels_missing(config)
-
-
-WITHOUT_WORDS = ('classify', 'multi_label', 'regress', 'tag', 'extract', 'contrast', 'reward')  # predict no tokens
-
-
-def _settings_fault(config) -> str | None:
-  """What is wrong between an objective's own settings, and with rows too short for it."""
-  name, own = config.objective.name, config.objective[config.objective.name]
-  at = f'config.objective.{name}'
-  if 'mask' in own and 'random' in own and own.mask + own.random > 1:
-    return f'{at}: mask={own.mask} and random={own.random} are shares of the same tokens; together at most 1.'
-  if name == 'prefix' and own.min_rate > own.max_rate:
-    return f'{at}: min_rate={own.min_rate} is above max_rate={own.max_rate}; set it lower.'
-  if name == 'infilling' and own.long + own.sentences > 1:
-    return f'{at}: long={own.long} and sentences={own.sentences} are shares of the same rows; together at most 1.'
-  if name in RAW and RAW[name](config)(config.seq_len) < 4:
-    return f'objective {name!r} has no room for text in config.seq_len={config.seq_len} columns; make rows longer.'
-  return None
-
-
-def _sentinels_missing(config) -> str | None:
-  name = config.objective.name
-  if name not in ('span', 'ul2'):
-    return None
-  own, n = config.objective[name], RAW[name](config)(config.seq_len)
-  laws = [(own.rate, own.mean)] if name == 'span' else [d[1:3] for d in own.denoisers]
-  most = max(spans.counts(n, rate, mean)[1] for rate, mean in laws)
-  if most > own.num_sentinels:
-    return (f'objective {name!r} cuts {most} spans out of a row of {config.seq_len}; set '
-            f'config.objective.{name}.num_sentinels to at least that, or make spans longer or fewer.')
-  return None
+  return sees.get(fits.kind(config), next(iter(sees.values())))
 
 
 # ---- left to right -----------------------------------------------------------------------------------------------
@@ -230,7 +124,7 @@ def fim(config, vocab) -> Objective:
   example = functools.partial(
       middles.example, settings=middles.Middles(own.rate, own.spm, *marks, vocab.bos, vocab.eos),
       seq_len=config.seq_len, every=own.every, mask_documents=config.data.mask_documents, filler=vocab.filler)
-  return Objective(example, RAW['fim'](config), visibility='causal', overlap=1, ids=marks)
+  return Objective(example, fits.RAW['fim'](config), visibility='causal', overlap=1, ids=marks)
 
 
 # ---- tasks -------------------------------------------------------------------------------------------------------
@@ -249,8 +143,8 @@ def _empty(seq_len: int, more: int = 0, labels: tuple[int, ...] | None = None, w
 
 def _task(config, example, raw_length=same, loss='lm', **empty) -> Objective:
   """What objectives of tasks have in common; `empty` says what an item holds."""
-  return Objective(example, raw_length, FITS[config.objective.name].get(kind(config), 'causal'), random=False, loss=loss,
-                   empty=functools.partial(_empty, **empty))
+  visibility = fits.FITS[config.objective.name].get(fits.kind(config), 'causal')
+  return Objective(example, raw_length, visibility, random=False, loss=loss, empty=functools.partial(_empty, **empty))
 
 
 def _labels(config, key: str, shape: tuple[int, ...], whole: bool = True) -> Objective:
@@ -285,7 +179,7 @@ def tag(config, vocab) -> Objective:
 
 def answer(config, vocab) -> Objective:
   """The answer to a question, the turns of an assistant: tokens, of which those of answers alone count."""
-  if kind(config) == 'encoder_decoder':
+  if fits.kind(config) == 'encoder_decoder':
     target = config.objective.answer.target_length or config.seq_len
     objective = _task(config, functools.partial(answers.translated, start=vocab.decoder_start), source=config.seq_len)
     return dataclasses.replace(objective, target_length=functools.partial(_fixed, length=target), empty=functools.partial(
@@ -317,10 +211,20 @@ def prefer(config, vocab) -> Objective:
   return _task(config, answers.preferred, one_more, loss='prefer', more=1)
 
 
+def kto(config, vocab) -> Objective:
+  """Single answers that somebody liked or did not."""
+  return _task(config, answers.judged, one_more, loss='kto', more=1, labels=())
+
+
 def grpo(config, vocab) -> Objective:
   """Answers of the policy's own, as much more likely as a verifier rewards them above others to the same question."""
   example = functools.partial(answers.written, kept=config.objective.grpo.updates > 1)
   return _task(config, example, one_more, loss='grpo', more=1)
+
+
+def ppo(config, vocab) -> Objective:
+  """Answers of the policy's own, as much more likely, token by token, as they turn out better than it expected."""
+  return _task(config, answers.appraised, one_more, loss='ppo', more=1)
 
 
 # ---- masks -------------------------------------------------------------------------------------------------------
@@ -361,20 +265,17 @@ def translation(config, vocab) -> Objective:
   return _masked(config, vocab, example)
 
 
-def framed(seq_len: int) -> int:
-  return seq_len - 3
-
-
 def next_sentence(config, vocab) -> Objective:
   """Masks, and whether the second text follows the first."""
   frame = pairs.Frame(vocab.id('cls'), vocab.id('sep'))
-  return _masked(config, vocab, functools.partial(pairs.next_sentence, frame=frame), framed, second=True, ids=frame)
+  put = functools.partial(pairs.next_sentence, frame=frame)
+  return _masked(config, vocab, put, fits.framed, second=True, ids=frame)
 
 
 def sentence_order(config, vocab) -> Objective:
   """Masks, and whether two texts stand in their order."""
   frame = pairs.Frame(vocab.id('cls'), vocab.id('sep'))
-  return _masked(config, vocab, functools.partial(pairs.sentence_order, frame=frame), framed, ids=frame)
+  return _masked(config, vocab, functools.partial(pairs.sentence_order, frame=frame), fits.framed, ids=frame)
 
 
 # ---- orders ------------------------------------------------------------------------------------------------------
@@ -403,7 +304,7 @@ def infilling(config, vocab) -> Objective:
                            vocab.pieces(), one_dim)
   example = functools.partial(orders.infilling, settings=settings, length=config.seq_len,
                               mask_documents=config.data.mask_documents, filler=vocab.filler)
-  return Objective(example, RAW['infilling'](config), visibility='order',
+  return Objective(example, fits.RAW['infilling'](config), visibility='order',
                    prompt=functools.partial(prompts.blank, mask=mask, gmask=gmask, smask=smask, sop=sop,
                                             one_dim=one_dim), ids=(mask, gmask, smask, sop, eop))
 
@@ -417,11 +318,11 @@ def _text_to_text(config, vocab, target_length, example, question, ids=(), **set
   Args:
     question: ids of a text -> (source, beginning of the target) that ask for how it goes on.
   """
-  together = kind(config) == 'decoder'
+  together = fits.kind(config) == 'decoder'
   target_length = same if together else target_length
   layout = spans.Layout(config.seq_len, target_length(config.seq_len), together, vocab.decoder_start, vocab.filler)
   example = functools.partial(example, mask_documents=config.data.mask_documents, layout=layout, **settings)
-  return Objective(example, RAW[config.objective.name](config), visibility='order' if together else 'causal',
+  return Objective(example, fits.RAW[config.objective.name](config), visibility='order' if together else 'causal',
                    target_length=target_length, ids=(*ids, vocab.decoder_start),
                    prompt=functools.partial(prompts.asked, question=question, together=together,
                                             start=vocab.decoder_start))
@@ -430,11 +331,11 @@ def _text_to_text(config, vocab, target_length, example, question, ids=(), **set
 def prefix(config, vocab) -> Objective:
   """Predict how a text goes on from a beginning whose tokens all see one another."""
   own = config.objective.prefix
-  if kind(config) == 'decoder':
+  if fits.kind(config) == 'decoder':
     example = functools.partial(orders.prefix, min_rate=own.min_rate, max_rate=own.max_rate,
                                 mask_documents=config.data.mask_documents, filler=vocab.filler)
     return Objective(example, one_more, visibility='order', prompt=prompts.context)
-  length = functools.partial(spans.prefix_target, raw=RAW['prefix'](config), min_rate=own.min_rate)
+  length = functools.partial(spans.prefix_target, raw=fits.RAW['prefix'](config), min_rate=own.min_rate)
   return _text_to_text(config, vocab, length, spans.prefix, prompts.bare, min_rate=own.min_rate, max_rate=own.max_rate)
 
 
@@ -442,7 +343,7 @@ def span(config, vocab) -> Objective:
   """Predict spans that were cut out of the text."""
   own = config.objective.span
   sentinels, eos = _sentinels(config, vocab), vocab.id('eos')
-  length = functools.partial(spans.cut_target, raw=RAW['span'](config), laws=((own.rate, own.mean),))
+  length = functools.partial(spans.cut_target, raw=fits.RAW['span'](config), laws=((own.rate, own.mean),))
   ids = tuple(sentinels.tolist())
   question = functools.partial(prompts.gap, sentinels=ids, eos=eos)
   return _text_to_text(config, vocab, length, spans.t5, question, (*ids, eos),
@@ -454,7 +355,8 @@ def ul2(config, vocab) -> Objective:
   own = config.objective.ul2
   sentinels, eos = _sentinels(config, vocab), vocab.id('eos')
   denoisers = tuple(spans.Denoiser(vocab.id(f'mode_{mode}'), *law) for mode, *law in own.denoisers)
-  length = functools.partial(spans.cut_target, raw=RAW['ul2'](config), laws=tuple((d.rate, d.mean) for d in denoisers))
+  laws = tuple((d.rate, d.mean) for d in denoisers)
+  length = functools.partial(spans.cut_target, raw=fits.RAW['ul2'](config), laws=laws)
   ids = tuple(sentinels.tolist())
   lead = min(denoisers, key=lambda d: d.mean > 0).mode  # what the noise is called that takes a row's end
   question = functools.partial(prompts.gap, sentinels=ids, eos=eos, lead=(lead,))
@@ -463,7 +365,7 @@ def ul2(config, vocab) -> Objective:
 
 
 def _sentinels(config, vocab) -> np.ndarray:
-  fault = _sentinels_missing(config)
+  fault = fits.sentinels_missing(config)
   if fault:
     raise JaxlmError(fault)
   return np.array([vocab.id(role) for role in _sentinel_roles(config)], np.int32)
@@ -477,25 +379,9 @@ def denoising(config, vocab) -> Objective:
   """Predict a whole text from one with spans, sentences or tokens disturbed."""
   own, mask, pieces = config.objective.denoising, vocab.id('mask'), vocab.pieces()
   noise = spans.Noise(own.rate, own.mean, own.permute, own.delete, own.rotate, mask, pieces)
-  return _text_to_text(config, vocab, RAW['denoising'](config), spans.bart, functools.partial(prompts.again, mask=mask),
-                       (mask,), settings=noise)
+  question = functools.partial(prompts.again, mask=mask)
+  return _text_to_text(config, vocab, fits.RAW['denoising'](config), spans.bart, question, (mask,), settings=noise)
 
-
-# (config) -> raw_length, of the objectives whose lengths follow from their settings
-RAW: dict[str, Callable[[Any], Callable[[int], int]]] = {
-    'next_sentence': lambda c: framed, 'sentence_order': lambda c: framed,
-    'fim': lambda c: functools.partial(middles.raw_length, every=c.objective.fim.every),
-    'infilling': lambda c: functools.partial(orders.infilling_raw, rate=c.objective.infilling.rate,
-                                             mean=c.objective.infilling.mean),
-    'prefix': lambda c: functools.partial(spans.prefix_raw, min_rate=c.objective.prefix.min_rate,
-                                          max_rate=c.objective.prefix.max_rate),
-    'span': lambda c: functools.partial(spans.cut_raw, laws=((c.objective.span.rate, c.objective.span.mean),),
-                                        together=kind(c) == 'decoder', lead=0),
-    'ul2': lambda c: functools.partial(spans.cut_raw, laws=tuple(tuple(d[1:3]) for d in c.objective.ul2.denoisers),
-                                       together=kind(c) == 'decoder', lead=1),
-    'denoising': lambda c: functools.partial(spans.bart_raw, rate=c.objective.denoising.rate,
-                                             mean=c.objective.denoising.mean, together=kind(c) == 'decoder'),
-}
 
 ROLES: dict[str, Callable[[Any], tuple[str, ...]]] = {
     'masked': lambda c: ('mask',), 'replaced': lambda c: ('mask',), 'translation': lambda c: ('mask',),
@@ -512,4 +398,5 @@ OBJECTIVES = {
     'permutation': permutation, 'infilling': infilling, 'span': span, 'ul2': ul2, 'denoising': denoising,
     'classify': classify, 'multi_label': multi_label, 'regress': regress, 'tag': tag, 'extract': extract,
     'answer': answer, 'contrast': contrast, 'prefer': prefer, 'reward': reward, 'grpo': grpo,
+    'ppo': ppo, 'kto': kto,
 }

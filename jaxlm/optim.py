@@ -168,7 +168,7 @@ def over_layers(tx: optax.GradientTransformation, axes: Axes,
 
 
 def global_norm(tree: Tree) -> Array:
-  """float32: of all arrays together. A product of each with itself: XLA on a CPU would write squares down to sum them."""
+  """float32: of all arrays together. A product of each with itself: XLA on a CPU would write down squares to sum."""
   return jnp.sqrt(sum(over_lead(x, x) for x in jax.tree.leaves(tree)))
 
 

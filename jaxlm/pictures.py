@@ -51,7 +51,7 @@ def losses(workdir: str, axes: Any = None) -> Any:
 
 
 def ratios(bars: Sequence[tuple[str, float, tuple[float, float]]], axes: Any = None) -> Any:
-  """How many times as fast one side of each comparison is: a bar each, with its spread, and a line where both are equal.
+  """How many times as fast one side of each comparison is: a bar each, with its spread, and a line at equal speed.
 
   Args:
     bars: (name, median, (least, most)).

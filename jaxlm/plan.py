@@ -20,8 +20,8 @@ DEVICES = flags.DEFINE_integer('devices', 0, 'How many devices; 0: as many as co
 HARDWARE = flags.DEFINE_string('hardware', 'h100', f'What they are: {", ".join(hardware.HARDWARE)}.')
 TOKENS = flags.DEFINE_float('tokens', 0.0, 'Tokens of the whole job; 0: what the config trains on.', lower_bound=0.0)
 PRICE = flags.DEFINE_float('price_per_hour', 0.0, 'Of a device.', lower_bound=0.0)
-EFFICIENCY = flags.DEFINE_float('efficiency', 0.7, 'Share of its peak at which a device multiplies matrices: an assumption.',
-                                lower_bound=0.01, upper_bound=1.0)
+EFFICIENCY = flags.DEFINE_float('efficiency', 0.7, 'Share of its peak at which a device multiplies matrices: an '
+                                'assumption.', lower_bound=0.01, upper_bound=1.0)
 SUSTAINED = flags.DEFINE_float('sustained_tflops', 0.0, 'Model TFLOP/s a device, where they are known; times follow '
                                'from them then.', lower_bound=0.0)
 PUE = flags.DEFINE_float('pue', 1.1, 'Energy of the building over that of the devices.', lower_bound=1.0)

@@ -210,7 +210,7 @@ def told(model: Transformer, inputs: Inputs, ids_B: Array) -> Array:
 
 
 def _piece(config: ModelConfig, length: int) -> int:
-  """Columns of a prompt that are read at once, so that scores are of PIECE queries at most; all where some see later ones."""
+  """Columns of a prompt that are read at once, so that scores are of PIECE queries at most; all, where some look on."""
   pieces = 1
   while config.visibility == 'causal' and length % (2 * pieces) == 0 and length // pieces > PIECE:
     pieces *= 2
@@ -241,8 +241,8 @@ def seen(program: Program, seen_BV: Array | None, ids_B: Array, real_B: Array) -
 def single_token(model: Transformer, params: Tree, rows: int) -> tuple[Transformer, Tree]:
   """The same for one token at a time, whose scores are few: kernels that cut them in blocks only cost.
 
-  A product of a row with few weights runs on one core, which does not read as fast as the memory gives: then the matrices
-  of queries, keys and values are made one.
+  A product of a row with few weights runs on one core, which does not read as fast as the memory gives: then the
+  matrices of queries, keys and values are made one.
   """
   config, attention = model.config, model.config.attention
   size = config.width * attention.num_heads * attention.head_dim

@@ -8,7 +8,7 @@ from jaxlm.errors import JaxlmError
 from jaxlm.inquiries import Settings, numbers, prompt_of, records, text_of
 from jaxlm.lm import LM
 from jaxlm.measure import origins
-from jaxlm.measure.scores import Metric
+from jaxlm.measure.metric import Metric
 from jaxlm.rundir import RunDirectory
 
 

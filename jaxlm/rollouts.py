@@ -8,6 +8,7 @@ from typing import Any, Callable, Sequence
 
 import jax
 from jax.experimental import multihost_utils
+import jax.numpy as jnp
 import numpy as np
 
 from jaxlm import decode, heads, loading, losses, task_losses, trees
@@ -22,8 +23,9 @@ from jaxlm.evaluators import Evaluators
 from jaxlm.lm import LM
 from jaxlm.lookup import lookup
 from jaxlm.measure import sandbox
+from jaxlm.measure.scores import METRICS
 from jaxlm.models.transformer import Transformer
-from jaxlm.preferences import group_advantages
+from jaxlm.policies import group_advantages, whitened
 from jaxlm.sampling import Sampling
 from jaxlm.types import Array, Ids, Tree, TrainState
 
@@ -43,6 +45,11 @@ def contains(example: Example, text: str) -> float:
   return float(example.target.strip() in text)
 
 
+def f1(example: Example, text: str) -> float:
+  """How many words answer and target share, as SQuAD's F1 counts them: a reward for answers that are nearly right."""
+  return METRICS['squad'].of_example(text, example.target)[1]
+
+
 def each(verifier: Verifier) -> Grader:
   """Answers by themselves, one after the other."""
   return lambda task, examples, texts: [verifier(*pair) for pair in zip(examples, texts)]
@@ -51,14 +58,14 @@ def each(verifier: Verifier) -> Grader:
 def passes(task: Task, examples: Sequence[Example], texts: Sequence[str]) -> list[float]:
   """1 where the task's program with the answer in it comes to its end; each in a sandbox, several at a time."""
   if not task.program:
-    raise JaxlmError("config.objective.grpo.verifier='program' runs what the task makes of an answer, and this task "
+    raise JaxlmError("config.objective: verifier='program' runs what the task makes of an answer, and this task "
                      "has no `program`; give it one, or set the verifier to 'exact', 'contains' or \"module:function\".")
-  make = lookup({}, task.program, 'program of a task')
-  programs = (make(example.record, text) for example, text in zip(examples, texts))
+  programs = (tasks.program_of(task, example, text) for example, text in zip(examples, texts))
   return [float(result.passed) for result in sandbox.run_all(programs)]
 
 
-VERIFIERS: dict[str, Grader] = {'exact': each(exact), 'contains': each(contains), 'program': passes}
+VERIFIERS: dict[str, Grader] = {'exact': each(exact), 'contains': each(contains), 'f1': each(f1),
+                                'program': passes}
 
 
 def grader_of(name: str) -> Grader:
@@ -91,7 +98,7 @@ def graded(name: str, task: Task, examples: Sequence[Example], texts: Sequence[s
     grade = grader_of(name)
     for i, reward in enumerate(grade(task, examples, texts)):
       if not isinstance(reward, (bool, int, float, np.number, np.bool_)) or not math.isfinite(reward):
-        raise JaxlmError(f'config.objective.grpo.verifier={name!r} gave {reward!r} for an answer to {examples[i].id}; '
+        raise JaxlmError(f'config.objective: verifier={name!r} gave {reward!r} for an answer to {examples[i].id}; '
                          'it must give a finite number.')
       found[i] = reward
   return multihost_utils.broadcast_one_to_all(found) if jax.process_count() > 1 else found
@@ -134,7 +141,7 @@ class Writer:
 
   def __init__(self, config: Any, model: Transformer, data: TaskData, tokenizer: Tokenizer):
     self.config, self.model, self.data, self.tokenizer = config, model, data, tokenizer
-    self.settings, self.form = config.objective.grpo, data.form
+    self.settings, self.form = config.objective[config.objective.name], data.form
 
   def prompt(self, encoded: Encoded, row: int) -> list[int]:
     """A question that leaves room for its answer: of one that is too long the end, as where answers are given."""
@@ -151,6 +158,10 @@ class Writer:
     # Generation looks for stops now and then only.
     return [ids[:bisect.bisect_left(range(len(ids)), True, key=lambda n: self._stop(ids[:n]) is not None)]
             for ids in written]
+
+  def was_cut(self, ids: Ids) -> bool:
+    """Whether an answer ended for want of room."""
+    return len(ids) == self.settings.max_new_tokens and ids[-1:] != self.form.end and self._stop(ids) is None
 
   def _stop(self, ids: Ids) -> int | None:
     """Where in the text of an answer the first stop is."""
@@ -183,13 +194,12 @@ class Rollouts:
   def __init__(self, stream: TaskStream, config: Any, model: Transformer, prepared: examples_module.Prepared,
                objective: Any, loss_fn: Any, arrange: Callable[[dict[str, Any]], dict[str, Any]]):
     del loss_fn
-    self._config, self._settings, self._objective, self._arrange = config, config.objective.grpo, objective, arrange
+    self._config, self._objective, self._arrange = config, objective, arrange
+    self._settings = config.objective[config.objective.name]
     self.questions = Questions(stream, self._settings.group)
     self.writer = Writer(config, model, prepared.task, prepared.tokenizer)
     self._asked = examples_module.drawn(list(tasks.examples(prepared.task.task, 'train')), config)
-    vocabulary = losses.vocabulary_of(model, config.loss)
-    self._log_probs = jax.jit(lambda params, batch: task_losses.token_log_probs(
-        model, vocabulary, params, batch, None, self._settings.temperature))
+    self._appraise = {'grpo': ByGroup, 'ppo': ByValue}[objective.loss](config, model)
     self._written: list[tuple[dict[str, Array], dict[str, float]]] = []
 
   def begins(self, step: int) -> bool:
@@ -209,43 +219,91 @@ class Rollouts:
       for _ in range(self._settings.updates):
         asked.append(batches.at(examples, skips=skips)['question'])
         examples += len(asked[-1])
-      kept = {key: value for key, value in frozen.items() if key != task_losses.REFERENCE}
-      params = trees.combine(kept, state.params)
-      self._written = self._roll_out(params, step, asked)
+      self._written = self._roll_out(trees.combine(frozen, state.params), step, asked)
     return self._written[step % self._settings.updates]
 
   def _roll_out(self, params: Tree, step: int, asked: Sequence[np.ndarray]):
-    """Prompts, answers, rewards, advantages: a placed batch each, and what is told of it."""
-    group, train = self._settings.group, self.writer.data.train
+    """Prompts, answers, rewards, what they teach: a placed batch each, and what is told of it."""
+    group, train, writer = self._settings.group, self.writer.data.train, self.writer
     numbers = np.concatenate([rows[::group] for rows in asked]).repeat(group)
-    prompts = [self.writer.prompt(train, number) for number in numbers]
+    prompts = [writer.prompt(train, number) for number in numbers]
     seed = int(np.random.SeedSequence((self._config.seed, step)).generate_state(1)[0])
-    answers = self.writer.write(params, prompts, Sampling(self._settings.temperature, seed=seed))
-    rewards = self.writer.grade([self._asked[train.record[number]] for number in numbers], answers)
-    advantages = group_advantages(rewards.reshape(-1, group), by_std=self._settings.by_std).reshape(-1)
-    found, first = [], 0
-    for rows in asked:
-      here = slice(first, first + len(rows))
-      found.append((self._placed(params, prompts[here], answers[here], advantages[here]),
-                    told(rewards[here].reshape(-1, group), answers[here])))
-      first += len(rows)
-    return found
+    policy = {key: value for key, value in params.items() if key != task_losses.REFERENCE}
+    answers = writer.write(policy, prompts, Sampling(self._settings.temperature, seed=seed))
+    rewards = writer.grade([self._asked[train.record[number]] for number in numbers], answers)
+    ends = np.cumsum([0, *map(len, asked)])
+    parts = [slice(*ends[i:i + 2]) for i in range(len(asked))]
+    placed = [self._placed(prompts[here], answers[here]) for here in parts]
+    cut = np.array([writer.was_cut(answer) for answer in answers], np.float32)
+    taught, said = self._appraise(params, placed, [rewards[here] for here in parts], [cut[here] for here in parts])
+    return [(batch, more | told(rewards[here].reshape(-1, group), answers[here]))
+            for batch, more, here in zip(taught, said, parts)]
 
-  def _placed(self, params: Tree, prompts: Sequence[Ids], answers: Sequence[Ids],
-              advantages: np.ndarray) -> dict[str, Array]:
-    """Rows of questions and answers, with what the policy that wrote them says of each token."""
+  def _placed(self, prompts: Sequence[Ids], answers: Sequence[Ids]) -> dict[str, Array]:
+    """Rows of questions and answers, on the mesh."""
     item = {key: np.stack([value] * len(prompts)) for key, value in self._objective.empty(self._config.seq_len).items()}
     item['tokens'][:] = self.writer.tokenizer.vocab.filler
     for row, (prompt, answer) in enumerate(zip(prompts, answers)):
       end = len(prompt) + len(answer)
       item['tokens'][row, :end], item['segment_ids'][row, :end] = [*prompt, *answer], 1
       item['marks'][row, len(prompt):end] = 1
-    batch = self._objective.example(item, None) | dict(advantages=advantages, example_ids=np.arange(
-        len(prompts), dtype=np.int32))
-    placed = self.writer.model.layout.place(self._arrange(batch), len(prompts))
-    if 'old_log_probs' in placed:
-      placed['old_log_probs'] = self._log_probs(params, placed)
-    return placed
+    batch = self._objective.example(item, None) | dict(example_ids=np.arange(len(prompts), dtype=np.int32))
+    return self.writer.model.layout.place(self._arrange(batch), len(prompts))
+
+
+Batch = dict[str, Array]
+Said = dict[str, float]
+
+
+class ByGroup:
+  """What an answer is worth: how much better it was than others to its question (GRPO)."""
+
+  def __init__(self, config: Any, model: Transformer):
+    self._settings, self._layout = config.objective.grpo, model.layout
+    vocabulary = losses.vocabulary_of(model, config.loss)
+    self._log_probs = jax.jit(lambda params, batch: task_losses.token_log_probs(
+        model, vocabulary, params, batch, None, self._settings.temperature))
+
+  def __call__(self, params: Tree, batches: Sequence[Batch], rewards: Sequence[np.ndarray],
+               cut: Sequence[np.ndarray]) -> tuple[list[Batch], list[Said]]:
+    del cut
+    policy = {key: value for key, value in params.items() if key != task_losses.REFERENCE}
+    found = []
+    for batch, rewards_B in zip(batches, rewards):
+      rewards_BG = rewards_B.reshape(-1, self._settings.group)
+      advantages = group_advantages(rewards_BG, by_std=self._settings.by_std).reshape(-1)
+      batch = batch | self._layout.place(dict(advantages=advantages), len(advantages))
+      if 'old_log_probs' in batch:
+        batch['old_log_probs'] = self._log_probs(policy, batch)
+      found.append(batch)
+    return found, [{} for _ in found]
+
+
+class ByValue:
+  """What a token is worth: how much more came of it than the policy's label head expected (PPO).
+
+  Advantages are of mean 0 and variance 1 over the rollout.
+  """
+
+  def __init__(self, config: Any, model: Transformer):
+    self._layout = model.layout
+    self._appraised = jax.jit(functools.partial(task_losses.appraised, model, config))
+    self._whitened = jax.jit(_whitened)
+
+  def __call__(self, params: Tree, batches: Sequence[Batch], rewards: Sequence[np.ndarray],
+               cut: Sequence[np.ndarray]) -> tuple[list[Batch], list[Said]]:
+    found, said = [], []
+    for batch, rewards_B, cut_B in zip(batches, rewards, cut):
+      given = self._layout.place(dict(rewards=rewards_B, cut=cut_B), len(cut_B))
+      worth, sums = self._appraised(params, batch, given['rewards'], given['cut'])
+      found.append(batch | worth)
+      said.append({f'train/{name}': float(total) / max(float(count), 1) for name, (total, count) in sums.items()})
+    advantages = self._whitened(*([batch[key] for batch in found] for key in ('advantages', 'loss_weights')))
+    return [batch | dict(advantages=advantages_BT) for batch, advantages_BT in zip(found, advantages)], said
+
+
+def _whitened(advantages: Sequence[Array], weights: Sequence[Array]) -> list[Array]:
+  return jnp.split(whitened(jnp.concatenate(advantages), jnp.concatenate(weights)), len(advantages))
 
 
 def told(rewards_XG: np.ndarray, answers: Sequence[Ids]) -> dict[str, float]:

@@ -15,8 +15,8 @@ from jaxlm.types import Array
 class Sampling:
   """How the next token is chosen; by default the likeliest.
 
-  Penalty, temperature, top_k, top_p and min_p apply in this order, as in Hugging Face's; tokens that tie with the last one
-  kept are kept too.
+  Penalty, temperature, top_k, top_p and min_p apply in this order, as in Hugging Face's; tokens that tie with the last
+  one kept are kept too.
 
   Attributes:
     temperature: logits are divided by it; 0: the likeliest token.
@@ -133,7 +133,7 @@ def _last(program: Program, numbers: dict[str, Array], logits_BV: Array) -> Arra
 
 
 def likeliest(logits_BV: Array) -> Array:
-  """int32 [B], the first of the ids with the highest logit. XLA on a CPU finds a maximum forty times as fast as its place."""
+  """int32 [B], the first id with the highest logit. XLA on a CPU finds a maximum forty times as fast as its place."""
   V = logits_BV.shape[1]
   ids_BV = jnp.where(logits_BV == logits_BV.max(-1, keepdims=True), jnp.arange(V, dtype=jnp.int32), V - 1)
   return ids_BV.min(-1)

@@ -17,6 +17,19 @@ def _masking(mask=0.8, random=0.1, whole_words=False, max_ngram=1) -> dict[str, 
   )
 
 
+def _rollouts(kl_weight: float) -> dict[str, Key]:
+  """What objectives whose policy writes their text let one set."""
+  return dict(
+      max_new_tokens=Key(512, at_least(1), ref('seq_len', then=lambda n: n // 2)),  # of an answer; other columns are the
+      # question's
+      temperature=Key(1.0, above(0.0)),              # of the policy, when it writes and when it learns
+      verifier=Key('exact', name()),                 # exact contains f1 program (the task's, in a sandbox), the run of a
+      # reward model, or "module:function" of (example, answer) -> reward
+      kl_weight=Key(kl_weight, at_least(0.0)),       # of the KL to the policy at the start; 0: no copy (DAPO, Dr. GRPO)
+      updates=Key(1, at_least(1)),                   # batches written by the same policy, an update each; 1: on-policy
+  )
+
+
 SCHEMA: dict[str, Any] = dict(
     seed=Key(0, at_least(0)),                        # every random stream of a run derives from it
     steps=Key(1_000, at_least(1)),                   # updates in the whole run
@@ -285,27 +298,37 @@ SCHEMA: dict[str, Any] = dict(
         reward=dict(                                 # a number for an answer, by pairs (Bradley and Terry)
             centring=Key(0.0, at_least(0.0)),        # of the squared sum of both numbers, which pairs leave free: 0.01
         ),
+        kto=dict(                                    # answers that are good, and others that are bad
+            beta=Key(0.1, above(0.0)),               # how strongly the reference holds
+            good_weight=Key(1.0, above(0.0)),        # of a good answer; times their number it should be 1 to 4/3 of
+            bad_weight=Key(1.0, above(0.0)),         # this, times that of bad ones (Ethayarajh et al. 2024, section 4.3)
+        ),
         grpo=dict(                                   # the policy's own answers, by a verifier's reward (Shao et al. 2024)
+            **_rollouts(kl_weight=0.04),
             group=Key(8, at_least(2)),               # answers to a question: batch_size / this are asked
-            max_new_tokens=Key(512, at_least(1), ref('seq_len', then=lambda n: n // 2)),  # of an answer; other columns
-            # are the question's
-            temperature=Key(1.0, above(0.0)),        # of the policy, when it writes and when it learns
-            verifier=Key('exact', name()),           # exact contains program (the task's, in a sandbox), the run of a
-            # reward model, or "module:function" of (example, answer) -> reward
             clip_low=Key(0.2, fraction()),           # how far below 1 a token's ratio to the policy that wrote it counts
             clip_high=Key(0.2, above(0.0)),          # how far above (DAPO: 0.28)
-            kl_weight=Key(0.04, at_least(0.0)),      # of the KL to the policy at the start; 0: no copy (DAPO, Dr. GRPO)
             normalisation=Key('sequence', choice('sequence', 'token', 'longest')),  # a mean over answers of means over
             # tokens; over all tokens (DAPO); over answers of sums over tokens / max_new_tokens (Dr. GRPO)
             by_std=Key(True, flag()),                # advantages in units of a group's deviation; Dr. GRPO: not
-            updates=Key(1, at_least(1)),             # batches written by the same policy, an update each; 1: on-policy
+        ),
+        ppo=dict(                                    # the same, by what a label head of the policy expects (Ouyang et al.
+            # 2022): a value for each token
+            **_rollouts(kl_weight=0.02),
+            group=Key(1, at_least(1)),               # answers to a question
+            clip=Key(0.2, fraction()),               # how far from 1 a token's ratio counts
+            value_clip=Key(0.2, above(0.0)),         # how far values move from those when the answer was written
+            value_weight=Key(0.1, at_least(0.0)),    # of half the squared error of values
+            discount=Key(1.0, between(0.0, 1.0)),    # of what comes a token later
+            decay=Key(0.95, between(0.0, 1.0)),      # lambda of generalised advantages; 1: no bias, 0: least variance
         ),
     ),
 
     data=dict(
         source=Key('stdlib', name()),                # stdlib text jsonl fasta parquet hf_dataset arrayrecord; tokens:
         # nanogpt llmc megatron, made by data.tokenizer
-        paths=Key('', text()),                       # files, as globs joined by commas
+        paths=Key('', text()),                       # files, as globs joined by commas; of stdlib 'train': those that its
+        # tasks do not hold out
         text_field=Key('text', text()),              # of a JSON object; a table's column, of text or of token ids;
         # '': ArrayRecord's records are text themselves
         pair_field=Key('', text()),                  # of a JSON Lines object: the translation of its text; '': none
@@ -347,6 +370,13 @@ SCHEMA: dict[str, Any] = dict(
         chunk=Key(512, at_least(1)),                 # positions of a row whose logits exist at once
         class_weights=Key((), Check('a tuple of numbers above 0', lambda x: isinstance(x, tuple) and all(
             is_number(w) and w > 0 for w in x))),    # of tasks with labels: how much an example of each class counts
+        teacher=dict(                                # distillation: what another model says of each target
+            path=Key('', text()),                    # its run directory, or a Hugging Face folder; '': no teacher
+            weight=Key(0.5, between(0.0, 1.0)),      # of its part of the loss; the targets' own gets the rest
+            temperature=Key(1.0, above(0.0)),        # scores of both are divided by it
+            top_k=Key(0, at_least(0)),               # it tells of so many of the likeliest tokens, and of all others
+            # together; 0: of every token
+        ),
     ),
 
     optim=dict(
@@ -428,7 +458,8 @@ SCHEMA: dict[str, Any] = dict(
 
     eval=dict(
         batch_size=Key(32, at_least(1), ref('batch_size')),  # rows
-        max_tokens=Key(1 << 20, at_least(1)),        # held-out text a source is measured on, whole documents
+        max_tokens=Key(1 << 20, at_least(1)),        # held-out text a source is measured on, whole documents;
+        # of a task, the first examples of its validation split
         prompts=Key(('',), texts()),                 # what samples.jsonl continues; none: no samples
         sample_tokens=Key(64, at_least(1)),          # length of a sample
         temperature=Key(0.8, at_least(0.0)),         # of samples; 0: greedy

@@ -1,10 +1,11 @@
 """Speculative decoding: something cheap guesses the next tokens, and the model checks all of them in one pass.
 
-Whatever is guessed, the continuation is the model's own: the likeliest tokens where those are wanted, and else draws from
-its own distribution. Guesses come from a smaller model, or from what followed the last tokens where they stood before.
+Whatever is guessed, the continuation is the model's own: the likeliest tokens where those are wanted, and else draws
+from its own distribution. Guesses come from a smaller model, or from what followed the last tokens where they stood
+before.
 
-Source: Leviathan et al. 2023, arXiv:2211.17192, algorithm 1; Chen et al. 2023, arXiv:2302.01318. Guessing from the text:
-Saxena 2023, Prompt lookup decoding.
+Source: Leviathan et al. 2023, arXiv:2211.17192, algorithm 1; Chen et al. 2023, arXiv:2302.01318. Guessing from the
+text: Saxena 2023, Prompt lookup decoding.
 """
 import dataclasses
 import functools
@@ -180,7 +181,8 @@ def _put(text_BL: Array, ids_BX: Array, at_B: Array, count_B: Array) -> Array:
   """The text with the first `count` ids of each row in the columns from `at` on."""
   X, L = ids_BX.shape[1], text_BL.shape[1]
   column_BX = jnp.where(jnp.arange(X) < count_B[:, None], at_B[:, None] + jnp.arange(X), L)
-  return jax.vmap(lambda text_L, ids_X, column_X: text_L.at[column_X].set(ids_X, mode='drop'))(text_BL, ids_BX, column_BX)
+  put = lambda text_L, ids_X, column_X: text_L.at[column_X].set(ids_X, mode='drop')
+  return jax.vmap(put)(text_BL, ids_BX, column_BX)
 
 
 def _seen_by(program: Program, seen_BV: Array | None, ids_BX: Array, real_BX: Array) -> Array | None:
@@ -199,7 +201,7 @@ def _seen_by(program: Program, seen_BV: Array | None, ids_BX: Array, real_BX: Ar
 
 def _looked_up(longest: int, program: Program, numbers: dict[str, Array], state: Rows, columns_BX: Array,
                real_BX: Array) -> tuple[Array, None, Array]:
-  """What followed the last tokens where as many of them as possible, up to `longest`, stood before; the last such place."""
+  """What followed the last tokens, as many as agree up to `longest`, where they stood before; the last such place."""
   del program, numbers, real_BX
   text_BL, newest_B1 = state.guesser, state.columns_B[:, None]
   columns_L = jnp.arange(text_BL.shape[1])
@@ -219,7 +221,7 @@ def _looked_up(longest: int, program: Program, numbers: dict[str, Array], state:
 
 def _drafted(draft: Transformer, params: Tree, program: Program, numbers: dict[str, Array], state: Rows,
              columns_BX: Array, real_BX: Array) -> tuple[Array, Array | None, list[BlockCache]]:
-  """What a smaller model says. It reads its last guess, too: should all be right, its cache has what the model's has."""
+  """What a smaller model says. It reads its last guess, too: if all are right, its cache has what the model's has."""
   def one(carry, x):
     cache, seen_BV, ids_B = carry
     columns_B, real_B, next_B = x
@@ -252,8 +254,8 @@ def _checked(program: Program, numbers: dict[str, Array], logits_BXV: Array, see
              probs_BYV: Array | None, rows_B: Array, columns_BX: Array, real_BX: Array) -> tuple[Array, Array]:
   """(ids [B, X], of which the first agreed + 1 hold; how many guesses are right, [B]).
 
-  A guess drawn with probability q is kept with probability min(1, p / q); the first that is not gives way to a draw from
-  what p has more than q; after the last right one comes a draw from p.
+  A guess drawn with probability q is kept with probability min(1, p / q); the first that is not gives way to a draw
+  from what p has more than q; after the last right one comes a draw from p.
   """
   logits_XBV = jnp.swapaxes(logits_BXV, 0, 1)[:, :, :program.vocab_size]
   if seen_XBV is not None:

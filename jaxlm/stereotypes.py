@@ -7,12 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlm import reading
-from jaxlm.data import examples as rows_module
+from jaxlm.data import encoders
 from jaxlm.errors import JaxlmError
 from jaxlm.heads import padded
 from jaxlm.inquiries import Settings, fault, grouped, mean, records, text_of
 from jaxlm.lm import LM
-from jaxlm.measure.scores import Metric
+from jaxlm.measure.metric import Metric
 
 
 def _idealised(sums: np.ndarray) -> dict[str, float]:
@@ -154,7 +154,7 @@ def _behind(lm: LM, kind: str, context: str, texts: Sequence[str]) -> Iterator[H
     if kind == 'intrasentence':
       before, middle, after = own[:first], own[first:len(own) - last], own[len(own) - last:]
     start, stop = len(' '.join(before)), len(' '.join([*before, *middle]))
-    ids, places = rows_module.offsets(lm.tokenizer, ' '.join([*before, *middle, *after]))
+    ids, places = encoders.offsets(lm.tokenizer, ' '.join([*before, *middle, *after]))
     inside = [i for i, (a, b) in enumerate(places) if a < stop and b > start + bool(before)]
     rest = lambda i: inside[-1] + 1 if kind == 'intrasentence' else i + 1
     yield [([*lm.start, *ids[:i + 1], *ids[rest(i):], *lm.end], len(lm.start) + i) for i in inside]

@@ -12,10 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxlm import adopt, check, losses, objectives, optim, rundir, sharding, task_losses, trees
+from jaxlm import adopt, check, fits, losses, objectives, optim, rundir, sharding, task_losses, trees
 from jaxlm.checkpoint import Checkpoints, lock
 from jaxlm.cluster import Watch
 from jaxlm.data import examples, pipeline, plans, store
+from jaxlm.distil import Teacher
 from jaxlm.errors import JaxlmError, Preempted, RunFailed
 from jaxlm.evaluators import Evaluators
 from jaxlm.journal import Journal, Position, Told, due
@@ -28,6 +29,7 @@ from jaxlm.types import Array, TrainState, Tree
 
 # ---- the step ----------------------------------------------------------------------------------------------------
 
+READ = ('segment_ids', 'source_segment_ids')  # where not 0, a token is read
 LossFn = Callable[[Tree, dict[str, Array], Array | None], tuple[Array, losses.Sums]]
 
 
@@ -94,7 +96,9 @@ def make_step(loss_fn: LossFn, shapes: Shapes, config: Any):
       new = new.replace(loss_scale=rescaled(state.loss_scale, finite))
       finite |= jnp.isfinite(sums['objective'][0]) & (scale > LEAST_SCALE)
     metrics = {f'train/{name}': total / some(n) for name, (total, n) in sums.items()}
-    metrics |= {'train/grad_norm': norm, 'train/lr': rate(state.step), 'finite': finite, 'targets': sums['loss'][1]}
+    read = sum((batch[key] > 0).sum() for key in READ if key in batch)
+    metrics |= {'train/grad_norm': norm, 'train/lr': rate(state.step), 'finite': finite, 'targets': sums['loss'][1],
+                'read': read}
     if scale is not None:
       metrics['train/loss_scale'] = scale
     return new.replace(step=state.step + 1, opt_state=fetched(new.opt_state, shardings.opt_state)), metrics
@@ -220,7 +224,8 @@ class Run:
     self.stream = (plans.Stream(config, self.stores, self.objective, vocab) if prepared.task is None else
                    examples.TaskStream(config, prepared.task, self.objective))
     measured = (config, self.model, prepared, self.objective, loss_fn, self.arrange)
-    self.rollouts = Rollouts(self.stream, *measured) if self.objective.loss == 'grpo' else None
+    self.teacher = Teacher(config, self.model, self.objective, self.tokenizer) if config.loss.teacher.path else None
+    self.rollouts = Rollouts(self.stream, *measured) if self.objective.loss in fits.WRITTEN else None
     self.evaluators = Graded(self.rollouts.writer, *measured) if self.rollouts else Evaluators(*measured)
     keep = {key: config.checkpoint[key] for key in ('keep_latest', 'keep_every', 'keep_best', 'best_metric',
                                                     'best_is_highest')}
@@ -283,7 +288,8 @@ class Run:
     """(the batch of the next update, what is told of it): of text that is there, or that the policy writes now."""
     if self.rollouts:
       return self.rollouts.batch(batches, step, state, frozen, position.examples, position.skips)
-    return self.place(batches.at(position.examples, size, position.skips), size), {}
+    batch = self.place(batches.at(position.examples, size, position.skips), size)
+    return self.teacher.taught(batch) if self.teacher else batch, {}
 
   def rests(self, step: int) -> bool:
     """Whether a run that ends after this step can go on as if it had not."""
@@ -342,7 +348,7 @@ def run(config: Any, workdir: str, allow_change: Sequence[str] = ()) -> dict[str
 def prepare(config: Any) -> store.Prepared | examples.Prepared:
   """What a config learns from: a task's examples, or the stores of its text."""
   if config.data.task:
-    return examples.prepare(config, objectives.roles(config), objectives.ANSWERS[config.objective.name])
+    return examples.prepare(config, objectives.roles(config), fits.ANSWERS[config.objective.name])
   return store.prepare(config, objectives.roles(config))
 
 
@@ -350,7 +356,8 @@ def train(parts: Run, workdir: str, signals: Signals, watch: Watch, step: int, s
           position: Position) -> dict[str, Any]:
   """The loop, from where `parts.start` says."""
   config, checkpoints = parts.config, parts.checkpoints
-  flops_per_token = cost.flops_per_row(parts.model.config, parts.lengths) / config.seq_len
+  columns = sum(parts.lengths.get(key, 0) for key in READ)
+  flops_per_token = cost.flops_per_row(parts.model.config, parts.lengths) / columns
   journal = Journal(workdir, config, parts.evaluators, flops_per_token, step, position)
   sizes, batches = parts.batches(step, position)
 

@@ -317,7 +317,8 @@ def test_what_peft_cannot_express_is_refused_in_one_line(name, tmp_path):
 
 
 def test_half_a_head_is_not_saved_and_an_adapter_is_never_written_over(tmp_path):
-  model, params = adapted('bert', dict(method='lora', also='pooler/dense/kernel'), architecture='BertForSequenceClassification')
+  model, params = adapted('bert', dict(method='lora', also='pooler/dense/kernel'),
+                          architecture='BertForSequenceClassification')
   with pytest.raises(JaxlmError, match='whole modules; what config.model.peft.also names is not .*pooler.dense.bias'):
     adapters.save(tmp_path / 'a', model, params)
   model, params = adapted('gpt2', dict(method='lora', also='.*/query/bias'))

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 from lm_test import make_config, make_model
+from planted import LEAKED, PLANTED, UNIQUE, plant, words, written
 
 import jaxlm
 from jaxlm import audits, recall, sharding, stereotypes, train
@@ -38,11 +39,6 @@ class Fake:
 
   def room(self, prompts):
     return 9
-
-
-def written(path, records):
-  path.write_text(''.join(json.dumps(record) + '\n' for record in records), encoding='utf-8')
-  return str(path)
 
 
 def audited(name, lm, values, run=''):
@@ -163,7 +159,7 @@ def test_a_masked_model_fills_a_blank_from_left_to_right_and_reads_sentences_beh
 
 def test_a_masked_models_results_do_not_depend_on_the_batch(encoder, tmp_path):
   rng = random.Random(0)
-  text = lambda: ' '.join(rng.choices(['one', 'other', 'is', 'a'], k=rng.randint(2, 5)))
+  text = lambda: ' '.join(rng.choices(['one', 'other', 'is', 'a'], k=rng.randint(2, 3)))
   path = written(tmp_path / 'a.jsonl', [dict(sent_more=text(), sent_less=text(), bias_type='age') for _ in range(4)])
   first, *others = (audited('stereotypes', encoder, dict(files=path, batch_size=size)) for size in (1, 7, 64))
   for other in others:
@@ -201,9 +197,9 @@ def test_words_come_from_a_file(tmp_path):
   item, = audited('toxicity', lm, dict(files=path, continuations=4, words=str(tmp_path / 'words')))['items']
   assert item['toxicity'] == [0, 1, 1, 0]
   (tmp_path / 'empty').write_text('# none\n')
-  for words, told in (('empty', 'has no word'), ('missing', 'cannot be read')):
+  for file, told in (('empty', 'has no word'), ('missing', 'cannot be read')):
     with pytest.raises(JaxlmError, match=told):
-      audited('toxicity', lm, dict(files=path, words=str(tmp_path / words)))
+      audited('toxicity', lm, dict(files=path, words=str(tmp_path / file)))
   with pytest.raises(JaxlmError, match='two judges'):
     audited('toxicity', lm, dict(files=path, words='a', classifier='b'))
 
@@ -304,27 +300,14 @@ def test_an_answer_as_likely_as_the_best_is_no_win_for_it(tmp_path):
 
 # ---- what it has of its training text ----------------------------------------------------------------------------
 
-WORDS = [''.join(random.Random(i).choices('abcdefghijklmnopqrstuvwxyz', k=random.Random(-i).randint(3, 9)))
-         for i in range(300)]
-
-
-def _words(seed, count=40):
-  return ' '.join(random.Random(seed).choices(WORDS, k=count))
-
-
-PLANTED, UNIQUE, LEAKED = _words('fifty'), _words('unique'), _words('leaked')
-
 
 @pytest.fixture(scope='module')
 def world(tmp_path_factory):
   """(folder, run, model): of text with one document 50 times, one once, and one with a test example in it."""
   folder = tmp_path_factory.mktemp('audits')
-  for name, texts in {'plain': [_words(i) for i in range(30)], 'planted': [PLANTED] * 50, 'unique': [UNIQUE],
-                      'leaked': [f'{_words("before")} {LEAKED} {_words("after")}']}.items():
-    written(folder / f'{name}.jsonl', [dict(text=text) for text in texts])
   config = base.smoke(base.default())
   config.steps = 2
-  config.data.update(source='jsonl', paths=str(folder / '*.jsonl'), store=str(folder / 'stores'), holdout=0.11)
+  plant(folder, config)
   run = tiny_run(folder, config, 'run')
   return folder, run, jaxlm.load(run)
 
@@ -394,7 +377,7 @@ def test_passages_of_texts_and_of_continuations_are_named(world, tmp_path, monke
 
 def test_a_leaked_test_set_is_found_in_texts_and_in_tasks(world, tmp_path):
   _, run, lm = world
-  clean, terms = [_words(f'test {i}') for i in range(9)], dict(n=40, least=20)
+  clean, terms = [words(f'test {i}') for i in range(9)], dict(n=40, least=20)
   path = written(tmp_path / 'a.jsonl', [dict(text=text) for text in [*clean, LEAKED, 'too short']])
   result = audited('contamination', lm, dict(files=path) | terms, run)
   own, = result['stores'].values()

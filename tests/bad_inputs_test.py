@@ -167,8 +167,8 @@ CASES = (
     Case('a key without a value', '--config=tiny.py --config.steps',
          ('--config.steps has no value; give --config.steps=VALUE.',)),
     Case('three faults at once', '--config=tiny.py --config.steps=0 --config.optim.lr=-1 --config.optim.b3=0',
-         ('config.optim.b3 is unknown. Known there: name, lr, layer_decay, schedule, warmup_steps, total_steps, final_fraction, '
-          'decay_fraction, weight_decay, decay_rules, lr_rules, freeze, clip_norm, ema_decay.',
+         ('config.optim.b3 is unknown. Known there: name, lr, layer_decay, schedule, warmup_steps, total_steps, '
+          'final_fraction, decay_fraction, weight_decay, decay_rules, lr_rules, freeze, clip_norm, ema_decay.',
           'config.steps must be an integer, at least 1; got 0 (int).',
           'config.optim.lr must be a number, above 0.0; got -1.0 (float).')),
     Case('an unknown flag', '--config=tiny.py --wrkdir=here',
@@ -186,8 +186,8 @@ CASES = (
     Case('an unknown group of `--allow_change`', '--config=tiny.py --allow_change=modle',
          ("--allow_change: unknown 'modle'. Known: seed, steps, batch_size, batch_ramp, accumulation, seq_len, "
           'log_every, eval_every, save_every, heartbeat_s, watchdog_s, compiler_options, tensorboard, on_nonfinite, '
-          'max_rewinds, model, objective, data, tokenizer, loss, optim, mesh, sharding, pipeline, precision, checkpoint, '
-          "eval. Did you mean 'model'?",)),
+          'max_rewinds, model, objective, data, tokenizer, loss, optim, mesh, sharding, pipeline, precision, '
+          "checkpoint, eval. Did you mean 'model'?",)),
     # ---- single keys ----
     Case('a learning rate that is nan', '--config=tiny.py --config.optim.lr=nan',
          ('config.optim.lr must be a number, above 0.0; got nan (float).',)),
@@ -215,8 +215,8 @@ CASES = (
          ("config.optim.schedule: Unknown schedule 'cosin'. Known: constant, cosine, linear, rsqrt, wsd; or pass "
           '"module:attribute". Did you mean \'cosine\'?',)),
     Case('an unknown activation', '--config=tiny.py --config.model.mlp.activation=swish',
-         ("config.model.mlp.activation: Unknown activation 'swish'. Known: gelu, gelu_tanh, relu, relu2, silu, tanh; or "
-          'pass "module:attribute".',)),
+         ("config.model.mlp.activation: Unknown activation 'swish'. Known: gelu, gelu_tanh, relu, relu2, silu, tanh; "
+          'or pass "module:attribute".',)),
     Case('unknown positions', '--config=tiny.py --config.model.positions.kind=ropes',
          ("config.model.positions.kind: Unknown kind of positions 'ropes'. Known: alibi, buckets, learned, none, "
           'relative, rope, sinusoidal; or pass "module:attribute". Did you mean \'rope\'?',)),
@@ -224,8 +224,8 @@ CASES = (
          ("config.model.positions.rope.scaling: Unknown rope scaling 'llama'. Known: linear, llama3, none, ntk, "
           'yarn; or pass "module:attribute". Did you mean \'llama3\'?',)),
     Case('an unknown kernel', '--config=tiny.py --config.model.attention.kernel=flash',
-         ("config.model.attention.kernel: Unknown attention kernel 'flash'. Known: auto, blockwise, cudnn, dense, ring; or pass "
-          '"module:attribute".',)),
+         ("config.model.attention.kernel: Unknown attention kernel 'flash'. Known: auto, blockwise, cudnn, dense, "
+          'ring; or pass "module:attribute".',)),
     Case('a kernel that does not import', '--config=tiny.py --config.model.attention.kernel=my_lab.kernels:ring',
          ("config.model.attention.kernel: Cannot import attention kernel 'my_lab.kernels:ring': No module named "
           "'my_lab'.",)),
@@ -235,8 +235,8 @@ CASES = (
     Case('an unknown remat name', '--config=tiny.py --config.model.remat_names=attention_outs',
          ("config.model.remat_names: unknown 'attention_outs'. Known: attention_out, attention_lse, mlp_hidden.",)),
     Case('an unknown source', '--config=tiny.py --config.data.source=parqet',
-         ('config.data.source: Unknown source \'parqet\'. Known: arrayrecord, fasta, hf_dataset, jsonl, llmc, megatron, '
-          'nanogpt, parquet, stdlib, text; or pass "module:attribute". Did you mean \'parquet\'?',)),
+         ('config.data.source: Unknown source \'parqet\'. Known: arrayrecord, fasta, hf_dataset, jsonl, llmc, '
+          'megatron, nanogpt, parquet, stdlib, text; or pass "module:attribute". Did you mean \'parquet\'?',)),
     Case('an unknown packing', '--config=tiny.py --config.data.packing=best',
          ("config.data.packing: Unknown packing 'best'. Known: best_fit, concatenated, contiguous, padded; or pass "
           '"module:attribute". Did you mean \'best_fit\'?',)),
@@ -356,7 +356,8 @@ CASES = (
           ' or leave it out of config.data.paths.',),
          truncated_parquet),
     Case('a column that a table lacks',
-         '--config=tiny.py --config.data.source=parquet --config.data.paths=r.parquet --config.data.text_field=contents',
+         '--config=tiny.py --config.data.source=parquet --config.data.paths=r.parquet '
+         '--config.data.text_field=contents',
          ("{here}/r.parquet: no column 'contents'; it has 'id', 'content'. Set config.data.text_field. Did you mean"
           " 'content'?",),
          table_of_content),
@@ -551,8 +552,8 @@ CASES = (
          ('config.mesh.pipe=2: stages are stacked layers; set config.model.scan to True.',)),
     Case('bfloat16 in stages on a CPU', '--config=tiny.py --workdir=runs/new --config.mesh.pipe=2 --config.mesh.data=4 '
          '--config.precision.compute=bfloat16',
-         ("config.precision.compute='bfloat16' with mesh.pipe=2 beside other axes cannot be compiled for a CPU; set it to "
-          "'float32' here.",)),
+         ("config.precision.compute='bfloat16' with mesh.pipe=2 beside other axes cannot be compiled for a CPU; set it "
+          "to 'float32' here.",)),
     Case('a recurrent net split over its length', '--config=tiny.py --config.mesh.seq=2 --config.model.mixer=lstm',
          ('config.mesh.seq=2: a lstm reads a token after the other; set it to 1.',)),
     Case('dropped probabilities split over the length',
@@ -561,8 +562,8 @@ CASES = (
           'config.model.attention.dropout to 0.',)),
     Case('a capacity split over the length', '--config=tiny.py --config.mesh.seq=2 --config.model.moe.num_experts=4 '
          '--config.model.moe.mode=capacity',
-         ("config.mesh.seq=2: a mixture's capacity is counted over whole rows; set config.model.moe.mode to 'dropless', "
-          'or the axis to 1.',)),
+         ("config.mesh.seq=2: a mixture's capacity is counted over whole rows; set config.model.moe.mode to "
+          "'dropless', or the axis to 1.",)),
     Case('a length that does not divide', '--config=tiny.py --workdir=runs/new --config.mesh.data=1 '
          '--config.mesh.seq=8 --config.seq_len=20',
          ('batch: dim 1 (act_length=20) does not divide by mesh axis seq=8; set config.seq_len to a multiple of it.',)),
@@ -573,10 +574,12 @@ CASES = (
     Case('predicted places that do not divide', '--config=tiny.py --workdir=runs/new --config.mesh.data=1 '
          '--config.mesh.seq=8 --config.seq_len=24 --config.model.structure=encoder --config.objective.name=masked '
          '--config.data.tokenizer=bytes',
-         ("targets: at config.seq_len=24 objective 'masked' makes 4 of them a row, which do not divide by the 8 devices "
-          'that lengths are split over; choose another seq_len, or rate of the objective.',)),
-    Case('a frozen parameter that is not there', '--config=tiny.py --workdir=runs/new --config.optim.freeze="(\'nosuch\',)"',
-         ("config.optim.freeze: 'nosuch' matches no parameter; patterns match a whole path, such as 'embed/embedding'.",)),
+         ("targets: at config.seq_len=24 objective 'masked' makes 4 of them a row, which do not divide by the 8 "
+          'devices that lengths are split over; choose another seq_len, or rate of the objective.',)),
+    Case('a frozen parameter that is not there',
+         '--config=tiny.py --workdir=runs/new --config.optim.freeze="(\'nosuch\',)"',
+         ("config.optim.freeze: 'nosuch' matches no parameter; patterns match a whole path, such as "
+          "'embed/embedding'.",)),
 )
 
 

@@ -38,7 +38,8 @@ def test_every_known_name_passes(path, name):
 @pytest.mark.parametrize('changes, told', [
     (dict(model__attention__num_kv_heads='3'), 'num_heads=8 does not divide by num_kv_heads=3'),
     (dict(model__width='65', model__attention__head_dim='8'), 'model.width=65 does not divide by attention.num_heads'),
-    (dict(model__positions__kind='rope', model__attention__head_dim='7'), 'head_dim times positions.rope.fraction is 7; rope rotates pairs'),
+    (dict(model__positions__kind='rope', model__attention__head_dim='7'),
+     'head_dim times positions.rope.fraction is 7; rope rotates pairs'),
     (dict(model__max_length='63'), 'config.seq_len=64 is longer than config.model.max_length=63'),
     (dict(model__attention__dropout='0.1', model__attention__kernel='blockwise'), 'the blockwise kernel cannot drop'),
     (dict(model__positions__rope__scaling='llama3', model__positions__rope__low_freq_factor='4'),

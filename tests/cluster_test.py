@@ -20,7 +20,8 @@ FIELDS = {
     'spec': ({'replicatedJobs'}, {'failurePolicy', 'successPolicy', 'network', 'suspend', 'coordinator'}),
     'spec.failurePolicy': (set(), {'maxRestarts', 'restartStrategy', 'rules'}),
     'spec.replicatedJobs': ({'name', 'template'}, {'replicas'}),
-    'spec.replicatedJobs.template.spec': ({'template'}, {'parallelism', 'completions', 'completionMode', 'backoffLimit'}),
+    'spec.replicatedJobs.template.spec': (
+        {'template'}, {'parallelism', 'completions', 'completionMode', 'backoffLimit'}),
     'spec.replicatedJobs.template.spec.template.spec': (
         {'containers', 'restartPolicy'}, {'terminationGracePeriodSeconds', 'volumes', 'nodeSelector'}),
     'spec.replicatedJobs.template.spec.template.spec.containers': (
@@ -61,14 +62,16 @@ def test_one_box_runs_several_processes(corpus, tmp_path):
       ['bash', RECIPES / 'one_box.sh', '2', f'{ROOT}/experiments/quickstart.py:smoke', f'--workdir={tmp_path}/run',
        '--config.data.source=text', f'--config.data.paths={corpus}', '--config.steps=2', '--config.eval.prompts=()'],
       env={**os.environ, 'PYTHONPATH': str(ROOT), 'PATH': f'{os.path.dirname(sys.executable)}:{os.environ["PATH"]}',
-           'XLA_FLAGS': '--xla_force_host_platform_device_count=1'}, capture_output=True, text=True, timeout=300, check=False)
+           'XLA_FLAGS': '--xla_force_host_platform_device_count=1'},
+      capture_output=True, text=True, timeout=300, check=False)
   assert done.returncode == 0, done.stderr
   assert json.loads((tmp_path / 'run/run.json').read_text())['starts'][0]['processes'] == 2
 
 
 @pytest.mark.parametrize('variables, sign', [
     ({}, None), ({'SLURM_NTASKS': '1', 'SLURM_PROCID': '0'}, None), ({'SLURM_NTASKS': '4'}, None),
-    ({'SLURM_NTASKS': '4', 'SLURM_PROCID': '0'}, 'SLURM_NTASKS'), ({'OMPI_COMM_WORLD_SIZE': '2'}, 'OMPI_COMM_WORLD_SIZE'),
+    ({'SLURM_NTASKS': '4', 'SLURM_PROCID': '0'}, 'SLURM_NTASKS'),
+    ({'OMPI_COMM_WORLD_SIZE': '2'}, 'OMPI_COMM_WORLD_SIZE'),
     ({'PMI_SIZE': '2'}, 'PMI_SIZE'), ({'PMI_SIZE': 'x'}, None), ({'JOB_COMPLETION_INDEX': '0'}, None),
     ({'JOB_COMPLETION_INDEX': '0', 'KUBERNETES_SERVICE_HOST': '10.0.0.1'}, 'JOB_COMPLETION_INDEX'),
     ({'TPU_WORKER_HOSTNAMES': 'a,b'}, 'TPU_WORKER_HOSTNAMES'), ({'TPU_WORKER_HOSTNAMES': 'a'}, None)])
@@ -116,5 +119,6 @@ def test_what_a_process_says_of_its_end_is_told(status, told, tmp_path):
 def test_last_words_blame_the_coordinator_only_if_it_is_gone(tmp_path):
   signed(tmp_path, 0, 5)
   signed(tmp_path, 1, 5)
-  assert lastwords.words(str(tmp_path), 1, 0.0).startswith('failed: process 0 (host there, pid 7), which all others hang')
-  assert lastwords.words(str(tmp_path), 0, 0.0).startswith('failed: process 0 (host there, pid 7) was ended from outside')
+  other, own = (lastwords.words(str(tmp_path), process, 0.0) for process in (1, 0))
+  assert other.startswith('failed: process 0 (host there, pid 7), which all others hang')
+  assert own.startswith('failed: process 0 (host there, pid 7) was ended from outside')

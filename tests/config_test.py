@@ -264,3 +264,18 @@ def test_a_config_returns_from_json_unchanged():
   assert base.differences(again, config) == {} and base.faults(again) == []
   again.steps = 5
   assert base.differences(again, config) == {'steps': (5, 1000)}
+
+
+def test_a_longer_model_keeps_the_length_it_was_trained_at():
+  config = base.default()
+  config.update(seq_len=256)
+  config.model.positions.kind = 'rope'
+  longer = base.lengthen(config, 1024)
+  rope = longer.model.positions.rope
+  assert (longer.seq_len, rope.scaling, rope.factor, rope.original_length) == (1024, 'yarn', 4.0, 256)
+  assert base.lengthen(longer, 2048).model.positions.rope.factor == 8.0  # of the first length, not the last
+  for kind, length in (('learned', 2048), ('rope', 128)):
+    config.model.positions.kind = kind
+    told = f"positions '{kind}', trained at 256 tokens, cannot be lengthened to {length}"
+    with pytest.raises(JaxlmError, match=told):
+      base.lengthen(config, length)

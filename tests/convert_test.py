@@ -13,7 +13,7 @@ import tokenizers as backend
 
 import jaxlm
 from jaxlm import config as base
-from jaxlm import adapters, convert, hf, programs, rundir, sharding, targets, transfer, trees, weights
+from jaxlm import adapters, convert, forms, hf, programs, rundir, sharding, targets, transfer, trees, weights
 from jaxlm.checkpoint import Checkpoints
 from jaxlm.data import tokenizers
 from jaxlm.families import gpt2, llama
@@ -89,7 +89,7 @@ def test_the_run_is_one_that_everything_reads(tmp_path):
   assert record['tokenizer_digest'] == tokenizers.load(there / 'tokenizer').digest
   assert config.data.tokenizer == str(there / 'tokenizer') and config.model.scan
   folder, ids = hf.load_folder(a), np.arange(20)[None]
-  model = convert._model(config, 258, 'float32')
+  model = forms.model_of(config, 258, 'float32')
   with Checkpoints(there / 'checkpoints', read_only=True) as checkpoints:  # as checkpoint.init_from does
     step, params = checkpoints.restore_params(transfer.wanted(model))
   assert step == 0
@@ -123,7 +123,7 @@ def test_a_trained_run_becomes_a_folder_that_says_how_texts_begin(trained, tmp_p
   assert read(out / 'generation_config.json') == dict(_from_model_config=True, bos_token_id=256, eos_token_id=256,
                                                       pad_token_id=257)
   config = rundir.RunDirectory(str(trained)).config
-  model = convert._model(config, vocab.size, 'float32')
+  model = forms.model_of(config, vocab.size, 'float32')
   with Checkpoints(trained / 'checkpoints', read_only=True) as checkpoints:
     params = unstack(checkpoints.restore_params(transfer.wanted(model))[1], model.config)
   for path, x in trees.flatten(folder.params).items():
@@ -161,7 +161,8 @@ BAD = [
     (['--from=a', '--to=file'], 'file is there already'),
     (['--from=a', '--to=b', '--step=1'], '--step chooses a checkpoint'),
     (['--from=a', '--to=b', '--save_dtype=float16'], 'a run directory keeps float32 or bfloat16'),
-    (['--from=a', '--to=b', '--save_dtype=int8'], '--save_dtype'), (['--from=a', '--to=b', '--shard_bytes=0'], '--shard_bytes'),
+    (['--from=a', '--to=b', '--save_dtype=int8'], '--save_dtype'),
+    (['--from=a', '--to=b', '--shard_bytes=0'], '--shard_bytes'),
     (['--from=run', '--to=b', '--form=run'], 'is a run directory already'),
     (['--from=run', '--to=b', '--step=7'], 'There is no checkpoint 7'),
     (['--from=damaged', '--to=b'], 'is no whole safetensors file'),
@@ -243,7 +244,7 @@ def test_faults_end_with_2_and_one_line_and_leave_nothing_behind(flags, told, pl
 def test_an_empty_folder_may_be_filled_and_one_that_failed_leaves_no_trace(tmp_path, monkeypatch):
   a = make(tmp_path / 'a')
   (tmp_path / 'b').mkdir()
-  monkeypatch.setattr(convert, '_generation', lambda *_: 1 / 0)
+  monkeypatch.setattr(forms, 'save_generation', lambda *_: 1 / 0)
   assert run(f'--from={a}', f'--to={tmp_path / "b"}', '--form=hf') == 1
   assert sorted(p.name for p in tmp_path.iterdir()) == ['a', 'b'] and not list((tmp_path / 'b').iterdir())
   monkeypatch.undo()
@@ -318,7 +319,7 @@ def test_a_delta_is_pinned_to_the_checkpoint_of_a_run_that_goes_on(tmp_path):
   a, there = make(tmp_path / 'a'), tmp_path / 'run'
   adapter(tmp_path / 'adapter', a, method='lora')
   assert run(f'--from={a}', f'--to={there}') == 0
-  model = convert._model(rundir.RunDirectory(str(there)).config, 258, 'float32')
+  model = forms.model_of(rundir.RunDirectory(str(there)).config, 258, 'float32')
   with Checkpoints(there / 'checkpoints') as checkpoints:
     params = checkpoints.restore_params(transfer.wanted(model))[1]
     for step in (3, 5):

@@ -269,7 +269,8 @@ def test_wide_beams_find_the_best_of_all_continuations(enumerable, length_penalt
 def test_one_beam_is_greedy(tiny):
   model, params = tiny
   greedy = decode.generate(model, params, PROMPTS, 12, eos=[7])
-  ids_BT = beams.search(model, params, reading.pad(model, [Prompt(ids) for ids in PROMPTS]), 64, 12, Sampling(length_penalty=0.0), [7])
+  inputs = reading.pad(model, [Prompt(ids) for ids in PROMPTS])
+  ids_BT = beams.search(model, params, inputs, 64, 12, Sampling(length_penalty=0.0), [7])
   assert [[i for i in ids if i != reading.NONE] for ids in ids_BT.tolist()] == greedy
 
 

@@ -2,6 +2,7 @@
 import hashlib
 import importlib
 import json
+import math
 import os
 
 os.environ['HF_DATASETS_OFFLINE'] = '1'
@@ -84,6 +85,8 @@ def world(tmp_path_factory):
       say=dict(kind='text', input='{{ q }}:', target=' {{ a }}', metric='squad', max_new_tokens=12, stop=['e']),
       choose=dict(kind='choice', input='{{ q }}?', target='{{ label }}'),
       told=dict(kind='choice', input='{{ q }}?', target='{{ label }}', instruction='Go.', between='\n'),
+      code=dict(kind='text', input='{{ q }}', target='{{ a }}', metric='pass@10', max_new_tokens=4,
+                program='assert sum({{ said | tojson }}.encode()) % 5 == 0'),
       better=dict(kind='prefer', input='{{ q }}?', second=' {{ a }}', fields=dict(rejected='q'), between='\n'),
       number=dict(kind='regress', input='{{ q }}'), read=dict(kind='document', input='{{ q }} {{ a }}')).items():
     (folder / f'{name}.json').write_text(json.dumps(dict(files=files, **task)))
@@ -221,6 +224,19 @@ def test_what_was_stopped_goes_on_where_it_was_and_ends_the_same(name, program, 
   assert sorted(asked) == sorted(records(world)) and not kept.exists() and read(out) == read(tmp_path / 'whole.json')
 
 
+def test_samples_of_programs_are_a_questions_own(program, world, tmp_path, monkeypatch):
+  command, found = [f'--model={world}/one', f'--tasks={world}/code.json', '--limit=3', '--samples=12'], []
+  for name, chunk in (('a', 1), ('b', 64)):
+    monkeypatch.setattr(exam, 'CHUNK', chunk)
+    assert program(*command, '--temperature=1.5', f'--batch_size={chunk}', f'--output={tmp_path}/{name}.json') == 0
+    found.append(said_in(tmp_path / f'{name}.json', world / 'code.json'))
+  assert found[0] == found[1] and len(found[0]) == 3
+  for said in found[0].values():
+    failed = sum(sum(text.encode()) % 5 > 0 for text in said['answer'])
+    assert len(said['answer']) == 12 and len(set(said['answer'])) > 1
+    assert said['row'] == [1 - math.comb(failed, 10) / math.comb(12, 10), 1]
+
+
 def test_two_models_are_compared_example_by_example(program, world, tmp_path, capsys):
   there, here, task = tmp_path / 'there.json', tmp_path / 'here.json', str(world / 'say.json')
   assert program(f'--model={world}/two', f'--tasks={task}', f'--output={there}') == 0
@@ -285,6 +301,11 @@ BAD = [
     (['--model=one', '--tasks=say.json', '--limit=-1'], '--limit'),
     (['--model=one', '--tasks=say.json', '--max_length=9'], '--max_length is of tasks of lm-eval'),
     (['--model=one', '--tasks=say.json', '--chat_template=chatml'], '--chat_template is of tasks of lm-eval'),
+    (['--model=one', '--tasks=code.json', '--samples=10'],
+     'samples=10 are drawn for a task that has a `program`, at a temp'),
+    (['--model=one', '--tasks=code.json'], 'pass@10, example 0: wanted at least 10 samples'),
+    (['--model=one', '--tasks=say.json', '--samples=2', '--temperature=1'],
+     'samples=2 are drawn for a task that has a'),
     (['--model=one', '--tasks=number.json'], "needs a model with a label head of kind 'sequence'"),
 ]
 

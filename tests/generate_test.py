@@ -52,8 +52,8 @@ def test_prompts_are_printed_with_their_continuations(fake, capsys, tmp_path):
     (('--model=m', '--prompt_file=nowhere'), 'error: --prompt_file=nowhere cannot be read as UTF-8 text: '
      'No such file or directory.'),
     (('--model=m', '--prompt=a', 'b'), "error: Unknown argument 'b'"),
-    (('--model=m', '--prompt=a', '--prompt=b', '--stream'), 'error: --stream prints one continuation as it comes; give one '
-     'prompt, not 2.'),
+    (('--model=m', '--prompt=a', '--prompt=b', '--stream'), 'error: --stream prints one continuation as it comes; give '
+     'one prompt, not 2.'),
     (('--model=m', '--prompt=a', '--top_k=many'), 'error: flag --top_k=many'),
 ])
 def test_a_users_error_is_one_line_and_exit_code_2(fake, capsys, flags, line):
@@ -74,5 +74,6 @@ def test_help_tells_every_flag(capsys):
   assert outcome('--help') == 0
   told = capsys.readouterr().out
   for flag in ('model', 'prompt', 'prompt_file', 'max_new_tokens', 'temperature', 'top_k', 'top_p',
-               'min_p', 'repetition_penalty', 'draft', 'lookup', 'guesses', 'stream', 'seed', 'num_beams', 'length_penalty', 'stop', 'dtype'):
+               'min_p', 'repetition_penalty', 'draft', 'lookup', 'guesses', 'stream', 'seed', 'num_beams',
+               'length_penalty', 'stop', 'dtype'):
     assert f'--{flag}:' in told or f'--[no]{flag}:' in told

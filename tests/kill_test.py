@@ -28,8 +28,8 @@ def start(corpus):
                        XLA_FLAGS=f'--xla_force_host_platform_device_count={devices}')
     command = [sys.executable, *program, f'--config={ROOT}/experiments/quickstart.py:smoke',
                f'--workdir={workdir}', '--config.data.source=text', f'--config.data.paths={corpus}',
-               '--config.steps=24', '--config.save_every=2', '--config.model.num_layers=2', '--config.tensorboard=False',
-               '--config.eval.prompts=()', *flags]
+               '--config.steps=24', '--config.save_every=2', '--config.model.num_layers=2',
+               '--config.tensorboard=False', '--config.eval.prompts=()', *flags]
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
   return run
 
@@ -111,7 +111,7 @@ def free_port():
 
 @pytest.fixture
 def together(start):
-  """Starts so many processes of one run, each with as many of eight devices; more flags and how they find each other."""
+  """Starts so many processes of one run, each with as many of eight devices; flags, and how they find each other."""
   def run(workdir, count, *flags, **kwargs):
     port = free_port()
     return [start(workdir, f'--coordinator=localhost:{port}', f'--num_processes={count}', f'--process_id={i}',
@@ -136,14 +136,16 @@ def test_a_run_of_two_processes_survives_the_death_of_one(start, together, tmp_p
   before = time.monotonic()
   out = finish(first, 1)
   assert time.monotonic() - before < 10
-  assert re.search(rf'failed: process 1 \(host .*, pid {second.pid}\) has given no sign of life for \d+ s; it was at step '
-                   r'\d+. Process 0 ends, too; the same command goes on from what was saved.', out), out
-  assert f'failed: process 1 (host {socket.gethostname()}, pid {second.pid}) was ended from outside' in finish(second, -9)
+  assert re.search(rf'failed: process 1 \(host .*, pid {second.pid}\) has given no sign of life for \d+ s; it was at '
+                   r'step \d+. Process 0 ends, too; the same command goes on from what was saved.', out), out
+  told = f'failed: process 1 (host {socket.gethostname()}, pid {second.pid}) was ended from outside'
+  assert told in finish(second, -9)
   first, second = together(many, 2)
   while steps_done(many) < 8 and first.poll() is None:
     time.sleep(0.002)
   first.send_signal(signal.SIGKILL)
-  assert f'failed: process 0 (host {socket.gethostname()}, pid {first.pid}), which all' in finish(second, -signal.SIGABRT)
+  told = f'failed: process 0 (host {socket.gethostname()}, pid {first.pid}), which all'
+  assert told in finish(second, -signal.SIGABRT)
   finish(first, -9)
   for count, steps in ((4, 10), (2, 16)):
     for process in together(many, count, f'--config.steps={steps}', '--config.optim.total_steps=24'):

@@ -333,7 +333,8 @@ def test_a_body_without_a_head_gives_hidden_states_alone(tmp_path, run):
 
 def test_folders_that_hold_no_model_are_named(tmp_path, run):
   folder, config, _, _ = run
-  with pytest.raises(JaxlmError, match='nowhere is not there; give a run directory, a Hugging Face folder or a GGUF file.'):
+  told = 'nowhere is not there; give a run directory, a Hugging Face folder or a GGUF file.'
+  with pytest.raises(JaxlmError, match=told):
     jaxlm.load(tmp_path / 'nowhere')
   with pytest.raises(JaxlmError, match='has no config.json'):
     jaxlm.load(tmp_path)

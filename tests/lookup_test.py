@@ -18,7 +18,8 @@ def test_a_path_is_imported():
 
 
 @pytest.mark.parametrize('name, told', [
-    ('casual', "Unknown objective 'casual'. Known: causal, masked; or pass \"module:attribute\". Did you mean 'causal'?"),
+    ('casual', "Unknown objective 'casual'. Known: causal, masked; or pass \"module:attribute\". Did you mean "
+     "'causal'?"),
     ('xyz', 'Unknown objective \'xyz\'. Known: causal, masked; or pass "module:attribute".'),
     ('nonesuch:x', "Cannot import objective 'nonesuch:x': No module named 'nonesuch'."),
     ('os:nonesuch', "Cannot import objective 'os:nonesuch': module 'os' has no attribute 'nonesuch'."),

@@ -162,7 +162,8 @@ def test_loss_and_gradient_take_three_products_a_chunk_and_no_whole_logits():
 
 def test_the_loss_without_a_gradient_takes_one_product():
   h, w, targets, weights = _inputs()
-  jaxpr = jax.make_jaxpr(lambda h: cross_entropy(dataclasses.replace(PLAIN, chunk=4), h, w, None, targets, weights))(h).jaxpr
+  chunked = dataclasses.replace(PLAIN, chunk=4)
+  jaxpr = jax.make_jaxpr(lambda h: cross_entropy(chunked, h, w, None, targets, weights))(h).jaxpr
   assert sum(e.primitive.name == 'dot_general' for e in _equations(jaxpr)) == 1
 
 

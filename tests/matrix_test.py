@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxlm import check, objectives, sharding, train
+from jaxlm import check, fits, objectives, sharding, train
 from jaxlm import config as base
 from jaxlm.data import store, tokenizers
 from jaxlm.data.plans import examples_of
@@ -30,8 +30,8 @@ NEEDED = {  # what else an objective asks of the model, or of the data
                      head=dict(labels='replaced', lm=False, pooler='activation')),
     'next_sentence': LABELS, 'sentence_order': LABELS,
 }
-TEXT = [name for name in objectives.FITS if name not in objectives.ANSWERS]  # what learns raw text, not a task
-PAIRS = [(name, kind) for name in TEXT for kind in objectives.FITS[name]]
+TEXT = [name for name in fits.FITS if name not in fits.ANSWERS]  # what learns raw text, not a task
+PAIRS = [(name, kind) for name in TEXT for kind in fits.FITS[name]]
 pairs = pytest.mark.parametrize('name, kind', PAIRS)
 
 
@@ -173,13 +173,13 @@ def _moved(model, params, batch, key):
 def test_every_other_pair_is_refused_by_name(name, kind):
   config = config_of(name, kind)
   found = [line for line in check.faults(config) if line.startswith('config.objective.name')]
-  if kind in objectives.FITS[name]:
+  if kind in fits.FITS[name]:
     assert not found
   else:
     line, = found
     assert repr(name) in line and 'which fits: ' in line
-    for other in objectives.FITS:
-      assert (f'{other},' in line or f'{other}.' in line) == (kind in objectives.FITS[other])
+    for other in fits.FITS:
+      assert (f'{other},' in line or f'{other}.' in line) == (kind in fits.FITS[other])
 
 
 # ---- on real text, minutes ---------------------------------------------------------------------------------------

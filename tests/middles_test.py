@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 from windows import FIRST, VOCAB, config_of, item_of, make, rng_of, windows
 
-from jaxlm import middles, objectives
+from jaxlm import fits, middles, objectives
 
 SAMPLES = 10_000
 MARKS = [VOCAB.id(f'fim_{part}') for part in ('prefix', 'middle', 'suffix')]
@@ -80,5 +80,5 @@ def test_as_many_documents_are_cut_as_columns_are_kept_for():
 def test_every_token_after_the_first_of_a_document_is_predicted():
   example = make('fim', 'decoder', 64, rate=1.0).example(item_of([30, 32], 62), rng_of(0))
   assert example['loss_weights'].sum() == 65 - 2
-  assert objectives.FITS['fim'] == dict(decoder='causal', recurrent='causal')
+  assert fits.FITS['fim'] == dict(decoder='causal', recurrent='causal')
   assert objectives.roles(config_of('fim', 'decoder')) == ('fim_prefix', 'fim_middle', 'fim_suffix')

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from windows import FIRST, PAIRS, TEXT, VOCAB, config_of, is_text, item_of, make, rng_of, windows
 
-from jaxlm import check, objectives
+from jaxlm import check, fits, objectives
 from jaxlm import config as configs
 from jaxlm.errors import JaxlmError
 from jaxlm.types import BATCH
@@ -30,7 +30,7 @@ def examples_of(name, kind, mask_documents, seq_len=64, **own):
 def test_the_batch_is_as_the_schema_and_shapes_say(name, kind, mask_documents):
   objective = make(name, kind, 64, mask_documents)
   shapes = objectives.shapes(objective, 64)
-  assert objective.visibility == objectives.visibility(config_of(name, kind)) == objectives.FITS[name][kind]
+  assert objective.visibility == objectives.visibility(config_of(name, kind)) == fits.FITS[name][kind]
   assert ('order' in shapes) == (objective.visibility == 'order')
   assert shapes['targets'][0] == shapes['loss_weights'][0] == (objective.target_length(64),)
   for _, example in examples_of(name, kind, mask_documents):
@@ -71,7 +71,7 @@ def predictors(example, visibility):
 @BOTH
 @ALL
 def test_no_token_is_seen_by_what_predicts_it(name, kind, mask_documents):
-  visibility, counted = objectives.FITS[name][kind], 0
+  visibility, counted = fits.FITS[name][kind], 0
   for item, example in examples_of(name, kind, mask_documents, **HIDDEN.get(name, {})):
     document = dict(zip(item['tokens'].tolist(), item['segment_ids'].tolist()))
     known = {}  # of an encoder-decoder or prefix: what the corrupted text gives away
@@ -216,18 +216,18 @@ def test_future_targets_are_the_tokens_after_the_next_of_the_same_document():
 
 def test_what_fits_is_said_by_name():
   config = config_of('masked', 'decoder')
-  assert objectives.mismatch(config) == (
+  assert fits.mismatch(config) == (
       "objective 'masked' needs a model of kind encoder; config.model.structure is 'decoder', which fits: causal, "
       'multi_token, fim, prefix, span, ul2, denoising, infilling, classify, multi_label, regress, tag, extract, contrast, '
       'reward, answer, prefer, grpo.')
   config = config_of('prefix', 'recurrent')
-  assert objectives.mismatch(config).endswith("is 'decoder' of 'lstm', which fits: causal, multi_token, fim, "
+  assert fits.mismatch(config).endswith("is 'decoder' of 'lstm', which fits: causal, multi_token, fim, "
                                                 'classify, multi_label, regress, tag, extract, contrast, reward, answer, '
                                                 'prefer, grpo.')
   config.model.structure = 'encoder'
-  assert 'no objective; set config.model.mixer to attention' in objectives.mismatch(config)
+  assert 'no objective; set config.model.mixer to attention' in fits.mismatch(config)
   config.objective.name = 'my_lab.ideas:objective'
-  assert objectives.mismatch(config) is None
+  assert fits.mismatch(config) is None
 
 
 @pytest.mark.parametrize('structure', ['encoder', 'decoder', 'encoder_decoder', 'two_stream'])
@@ -237,23 +237,23 @@ def test_a_pair_is_refused_unless_it_is_in_the_table(name, structure):
   config.model.positions.two_dims = name == 'infilling'
   config.model.generator.width = 32
   config.model.head.labels = 'replaced' if name == 'replaced' else 'sequence'
-  assert (objectives.mismatch(config) is None) == (structure in objectives.FITS[name])
+  assert (fits.mismatch(config) is None) == (structure in fits.FITS[name])
 
 
 @pytest.mark.parametrize('name, path, told', [
     ('replaced', 'generator.width', "config.model.generator.width to be at least 1; it is 0"),
     ('next_sentence', 'head.labels', "config.model.head.labels to be 'sequence'; it is 'none'")])
 def test_what_else_the_model_needs_is_named(name, path, told):
-  assert told in objectives.mismatch(config_of(name, next(iter(objectives.FITS[name]))))
+  assert told in fits.mismatch(config_of(name, next(iter(fits.FITS[name]))))
 
 
 def test_too_few_sentinels_are_refused_with_the_number_needed():
   config = config_of('span', 'encoder_decoder', 4096)
-  assert "cuts 227 spans out of a row of 4096; set config.objective.span.num_sentinels" in objectives.mismatch(config)
+  assert "cuts 227 spans out of a row of 4096; set config.objective.span.num_sentinels" in fits.mismatch(config)
   with pytest.raises(JaxlmError, match='cuts 227 spans'):
     objectives.make(config, VOCAB)
   config.objective.span.num_sentinels = 227
-  assert objectives.mismatch(config) is None
+  assert fits.mismatch(config) is None
 
 
 @ALL
@@ -337,7 +337,7 @@ def test_settings_that_cannot_work_together_are_refused(name, kind, seq_len, own
   config = config_of(name, kind, seq_len, **own)
   config.model.positions.two_dims = True
   config.model.head.labels = 'sequence'
-  assert told in objectives.mismatch(config)
+  assert told in fits.mismatch(config)
 
 
 @pytest.mark.parametrize('name, kind, model, told', [

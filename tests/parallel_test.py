@@ -80,7 +80,8 @@ def trajectory(config, workdir, monkeypatch, steps=20):
   found = []
   for i in range(steps):
     first = i * config.batch_size
-    state, metrics = parts.step_fn(state, frozen, parts.place(batches.at(first, config.batch_size, []), config.batch_size))
+    batch = parts.place(batches.at(first, config.batch_size, []), config.batch_size)
+    state, metrics = parts.step_fn(state, frozen, batch)
     found.append((float(metrics['train/loss']), float(metrics['train/grad_norm'])))
   batches.close()
   return np.array(found), state, parts
@@ -201,7 +202,8 @@ def test_a_pipelined_run_saves_layers_in_their_order_and_any_mesh_goes_on(corpus
   make = lambda **changes: config_of(corpus, 'decoder', **(both | changes))
   train.run(make(), str(tmp_path / 'alone'))
   train.run(make(**ROUNDS, **{'mesh.pipe': 2, 'mesh.data': 2, 'steps': 2}), str(tmp_path / 'piped'))
-  for name, changes in {'one': {}, 'other': {'mesh.pipe': 4, 'mesh.fsdp': 2}, 'same': ROUNDS | {'mesh.pipe': 2}}.items():
+  meshes = {'one': {}, 'other': {'mesh.pipe': 4, 'mesh.fsdp': 2}, 'same': ROUNDS | {'mesh.pipe': 2}}
+  for name, changes in meshes.items():
     shutil.copytree(tmp_path / 'piped', tmp_path / name)
     train.run(make(**changes), str(tmp_path / name))
     found, expected = logged(tmp_path / name), logged(tmp_path / 'alone')

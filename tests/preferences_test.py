@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlm import preferences
+from jaxlm import policies, preferences
 from jaxlm.preferences import PREFERENCES, Pairs
 
 B, T = 6, 7
@@ -118,13 +118,13 @@ def _of_pairs(name, **settings):
 
 
 def _grpo(normalisation):
-  return lambda x: preferences.grpo(x['policy'], x['old'], x['reference'], x['advantages'], x['weights_BT'],
+  return lambda x: policies.grpo(x['policy'], x['old'], x['reference'], x['advantages'], x['weights_BT'],
                                     x['entropy'], clip_high=0.28, kl_weight=0.3, entropy_weight=0.1,
                                     normalisation=normalisation, longest=10)
 
 
 def _ppo(x):
-  return preferences.ppo(x['policy'], x['old'], x['advantages_BT'], x['values'], x['old_values'], x['returns'],
+  return policies.ppo(x['policy'], x['old'], x['advantages_BT'], x['values'], x['old_values'], x['returns'],
                          x['weights_BT'], x['entropy'], value_clip=0.3, value_weight=0.4, entropy_weight=0.05)
 
 
@@ -295,14 +295,14 @@ def test_the_reference_point_is_the_global_mean_and_never_negative():
 @pytest.mark.parametrize('xp', [np, jnp])
 def test_advantages_are_of_the_group(xp):
   rewards = np.array([[0.1, 0.1, 0.1], [1, 0, 2], [1e4, -1e4, 0]], np.float32)
-  got = np.asarray(preferences.group_advantages(xp.asarray(rewards)))
+  got = np.asarray(policies.group_advantages(xp.asarray(rewards)))
   exact = rewards.astype(float)
   plain = exact - exact.mean(1, keepdims=True)
   np.testing.assert_allclose(got, plain / (exact.std(1, ddof=1, keepdims=True) + 1e-4), rtol=1e-5, atol=1e-5)
-  np.testing.assert_allclose(preferences.group_advantages(xp.asarray(rewards), by_std=False), plain, rtol=1e-5,
+  np.testing.assert_allclose(policies.group_advantages(xp.asarray(rewards), by_std=False), plain, rtol=1e-5,
                              atol=1e-5)
   assert (got[0] == 0).all()
-  assert (np.asarray(preferences.group_advantages(xp.ones((2, 1), np.float32))) == 0).all()
+  assert (np.asarray(policies.group_advantages(xp.ones((2, 1), np.float32))) == 0).all()
 
 
 @pytest.mark.parametrize('case', [c for c in CASES if 'grpo' in c or c == 'ppo'])
@@ -318,9 +318,9 @@ def test_the_clip_stops_the_gradient_only_of_what_has_moved_far_enough_already()
   moved = np.array([1, 0, 1, 1, 0, 1], bool)  # pessimism: only 0.5 with a bad, and 1.5 with a good one, are far enough
   ones = np.ones((6, 1), np.float32)
   def grpo(policy):
-    return preferences.grpo(policy, 0 * ones, None, advantages, ones)
+    return policies.grpo(policy, 0 * ones, None, advantages, ones)
   def ppo(policy):
-    return preferences.ppo(policy, 0 * ones, advantages[:, None], *[0 * ones] * 3, ones)
+    return policies.ppo(policy, 0 * ones, advantages[:, None], *[0 * ones] * 3, ones)
   for loss in (grpo, ppo):
     gradient, told = jax.grad(loss, has_aux=True)(np.log(ratios)[:, None])
     np.testing.assert_allclose(gradient[:, 0], -ratios * advantages * moved, rtol=1e-6)
@@ -331,7 +331,7 @@ def test_the_clip_of_values_stops_the_gradient_of_what_has_moved_far_enough_alre
   ones = np.ones((4, 1), np.float32)
   values, returns = np.array([[0.1], [0.5], [0.5], [-0.5]]), np.array([[1], [1], [-1], [1]])
   def loss(values):
-    return preferences.ppo(0 * ones, 0 * ones, 0 * ones, values, 0 * ones, returns, ones, value_weight=1.0)
+    return policies.ppo(0 * ones, 0 * ones, 0 * ones, values, 0 * ones, returns, ones, value_weight=1.0)
   gradient, told = jax.grad(loss, has_aux=True)(values.astype(np.float32))
   np.testing.assert_allclose(gradient[:, 0], [-0.9, 0, 1.5, -1.5], rtol=1e-6)
   assert float(told['value_clip_fraction'][0]) == 1
@@ -339,7 +339,7 @@ def test_the_clip_of_values_stops_the_gradient_of_what_has_moved_far_enough_alre
 
 def test_the_first_update_may_name_its_own_policy_as_the_old_one():
   x = _inputs()
-  loss = lambda policy: preferences.grpo(policy, policy, None, x['advantages'], x['weights_BT'],
+  loss = lambda policy: policies.grpo(policy, policy, None, x['advantages'], x['weights_BT'],
                                          normalisation='token')[0]
   np.testing.assert_allclose(jax.grad(loss)(x['policy']), -x['advantages'][:, None] * x['weights_BT'], rtol=1e-6)
 
@@ -347,7 +347,7 @@ def test_the_first_update_may_name_its_own_policy_as_the_old_one():
 def test_an_unknown_normalisation_is_named():
   x = _inputs()
   with pytest.raises(Exception, match="Unknown normalisation 'tokens'.*Did you mean 'token'"):
-    preferences.grpo(x['policy'], x['old'], None, x['advantages'], x['weights_BT'], normalisation='tokens')
+    policies.grpo(x['policy'], x['old'], None, x['advantages'], x['weights_BT'], normalisation='tokens')
 
 
 # ---- of tokens ---------------------------------------------------------------------------------------------------
@@ -367,7 +367,7 @@ def test_the_score_comes_with_the_last_token_and_the_penalty_with_each():
   weights = np.array([[0, 1, 0, 1, 0], [1, 1, 1, 1, 1], [0, 0, 0, 0, 0]], np.float32)
   policy, scores = np.full((3, 5), -1, np.float32), np.array([10, 20, 30], np.float32)
   reference = np.where(weights > 0, -3, -np.inf).astype(np.float32)
-  rewards, told = preferences.penalised_rewards(scores, policy, reference, weights, kl_weight=0.5)
+  rewards, told = policies.penalised_rewards(scores, policy, reference, weights, kl_weight=0.5)
   np.testing.assert_allclose(rewards, [[0, -1, 0, 9, 0], [-1, -1, -1, -1, 19], [0] * 5])
   assert [float(v) for v in told['kl']] == [14, 7] and [float(v) for v in told['score']] == [30, 2]
 
@@ -400,10 +400,10 @@ def test_gae_is_the_sum_over_all_later_errors(discount, decay):
   bootstrap = rng.standard_normal(64)
   want = _plain_gae(rewards, values, weights, bootstrap, ends, discount, decay)
   f32 = [np.float32(a) for a in (rewards, values, weights, bootstrap)]
-  got, returns = jax.jit(preferences.gae)(*f32, ends, discount=discount, decay=decay)
+  got, returns = jax.jit(policies.gae)(*f32, ends, discount=discount, decay=decay)
   np.testing.assert_allclose(got, want, atol=1e-5)
   np.testing.assert_allclose(returns, (want + values) * weights, atol=1e-5)
-  alone, _ = preferences.gae(*f32, discount=discount, decay=decay)
+  alone, _ = policies.gae(*f32, discount=discount, decay=decay)
   np.testing.assert_allclose(alone, _plain_gae(rewards, values, weights, bootstrap, 0 * ends, discount, decay),
                              atol=1e-5)
 
@@ -411,7 +411,7 @@ def test_gae_is_the_sum_over_all_later_errors(discount, decay):
 def test_gae_sees_nothing_of_what_does_not_count_and_has_no_gradient():
   x = _inputs()
   bootstrap = np.ones(B, np.float32)
-  advantages = lambda values, rewards: preferences.gae(rewards, values, x['weights_BT'], bootstrap)
+  advantages = lambda values, rewards: policies.gae(rewards, values, x['weights_BT'], bootstrap)
   hidden = [np.where(x['weights_BT'] > 0, x[name], np.nan) for name in ('values', 'returns')]
   for got, want in zip(advantages(*hidden), advantages(x['values'], x['returns'])):
     np.testing.assert_array_equal(got, want)
@@ -421,7 +421,7 @@ def test_gae_sees_nothing_of_what_does_not_count_and_has_no_gradient():
 
 def test_whitened_advantages_have_mean_0_and_variance_1_where_they_count():
   x = _inputs()
-  got, counted = np.asarray(preferences.whitened(3 + 5 * x['values'], x['weights_BT'])), x['weights_BT'] > 0
+  got, counted = np.asarray(policies.whitened(3 + 5 * x['values'], x['weights_BT'])), x['weights_BT'] > 0
   assert (got[~counted] == 0).all()
   assert got[counted].mean() == pytest.approx(0, abs=1e-6) and got[counted].std() == pytest.approx(1, rel=1e-5)
 
@@ -583,7 +583,7 @@ def test_grpo_is_trls(kind, normalisation):
   inputs = dict(prompt_ids=ids, prompt_mask=ids, completion_ids=ids, completion_mask=tokens,
                 advantages=torch.tensor(x['advantages']), old_per_token_logps=torch.tensor(x['old']),
                 ref_per_token_logps=torch.tensor(x['reference']), num_items_in_batch=tokens.sum())
-  ours = lambda x: preferences.grpo(x['policy'], x['old'], x['reference'], x['advantages'], x['weights_BT'],
+  ours = lambda x: policies.grpo(x['policy'], x['old'], x['reference'], x['advantages'], x['weights_BT'],
                                     clip_high=0.28, kl_weight=0.3, normalisation=normalisation, longest=10)
   count = float(ours(x)[1]['objective'][1])
   _agrees(ours, x, trainer._compute_loss(stub, None, inputs), tensors, count)

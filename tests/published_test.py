@@ -17,7 +17,8 @@ DEVICES = {'bloom_176b': 384, 'glm_130b': 768, 'gpt3_175b': 1024, 'jurassic1_178
            'llama3_8b_131k': 16, 'mixtral_8x7b': 512, 'mt_nlg_530b': 2240, 'palm_540b': 6144, 't5_11b': 1024}
 # Parameters in billions as papers and released weights tell them.
 PARAMETERS = {'bloom_176b': 176.247, 'glm_130b': 130, 'gpt3_175b': 175, 'jurassic1_178b': 178, 'llama2_70b': 68.977,
-              'llama3_8b_131k': 8.030, 'mixtral_8x7b': 46.703, 'mt_nlg_530b': 530, 'palm_540b': 540.35, 't5_11b': 11.307}
+              'llama3_8b_131k': 8.030, 'mixtral_8x7b': 46.703, 'mt_nlg_530b': 530, 'palm_540b': 540.35,
+              't5_11b': 11.307}
 
 # Gigabytes of float32 temporaries, on the published mesh and on 1,024 devices: what a change of layers may not raise.
 TEMPORARIES = {'bloom_176b': (107.8, 64.2), 'glm_130b': (114.9, 101.3), 'gpt3_175b': (37.5, 37.5),
@@ -62,7 +63,8 @@ def test_every_published_run_has_as_many_parameters_as_were_published(file):
 @pytest.mark.parametrize('file', FILES, ids=lambda file: file.stem)
 def test_every_published_run_compiles_and_its_temporaries_are_those_of_the_compiler(file, devices, tmp_path):
   done = subprocess.run([sys.executable, '-m', 'jaxlm.plan', f'--config={file}:devices={devices}', '--hardware=tpu_v5p',
-                         f'--output={tmp_path}/plan.json'], env={**os.environ, 'PYTHONPATH': str(ROOT), 'XLA_FLAGS': ''},
+                         f'--output={tmp_path}/plan.json'],
+                        env={**os.environ, 'PYTHONPATH': str(ROOT), 'XLA_FLAGS': ''},
                         capture_output=True, text=True, timeout=900)
   assert done.returncode == 0, done.stderr
   found = json.loads((tmp_path / 'plan.json').read_text())

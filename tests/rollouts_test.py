@@ -56,8 +56,11 @@ def tuned(task, objective, start=None, **changes):
   config.optim.update(lr=1e-2, schedule='constant')
   config.objective.name = objective
   config.objective.grpo.update(group=8, max_new_tokens=4)
+  config.objective.ppo.max_new_tokens = 4
   if start:
     base.adopt(config, start)
+  if objective == 'ppo':
+    config.model.head.update(labels='token', num_labels=1)
   with config.unlocked():
     config.update_from_flattened_dict(changes)
   return config
@@ -122,6 +125,40 @@ def test_a_delta_learns_beside_its_base_from_rollouts_of_several_updates(world, 
     np.testing.assert_array_equal(x, adapted[path])
 
 
+def test_the_reward_rises_by_what_the_policy_expected_and_that_becomes_right(world, tmp_path):
+  task, start = world
+  config = tuned(task, 'ppo', start, steps=60, **{'objective.ppo.updates': 2, 'objective.ppo.value_weight': 0.5, 'optim.lr': 3e-3})
+  last = train.run(config, f'{tmp_path}/run')
+  rewards, errors, ratios = told(f'{tmp_path}/run', 'reward', 'value_loss', 'kl_old').T
+  assert rewards[:10].mean() < 0.6 and rewards[-10:].mean() > 0.8 and last['eval/validation/reward'] > 0.85
+  assert errors[-10:].mean() < errors[:10].mean() and ratios[::2].max() < 1e-9 < ratios[1::2].max()
+  assert {'train/kl', 'train/score', 'train/entropy', 'train/clip_fraction', 'train/return'} <= set(lines(f'{tmp_path}/run')[-1])
+
+
+def test_an_answer_that_was_cut_off_is_worth_what_is_expected_after_it(world, tmp_path):
+  """Against NumPy: rewards, values, and the sum that advantages are."""
+  task, start = world
+  parts = parts_of(tuned(task, 'ppo', start, **{'objective.ppo.kl_weight': 0.0, 'objective.ppo.decay': 0.9}), f'{tmp_path}/run')
+  params = parts.start()[1].params
+  B, T, first, end = 2, 16, 3, 6  # tokens 3 to 5 of a row of 6 are the answer
+  ids = np.arange(B * (T + 1), dtype=np.int32).reshape(B, T + 1) % 8 + 97
+  segments = np.broadcast_to(np.arange(T) < end, (B, T)).astype(np.int32)
+  weights = np.broadcast_to((np.arange(T) >= first - 1) & (np.arange(T) < end - 1), (B, T)).astype(np.float32)
+  batch = dict(tokens=ids[:, :-1], targets=ids[:, 1:], segment_ids=segments, loss_weights=weights,
+               positions=np.broadcast_to(np.arange(T, dtype=np.int32), (B, T)))
+  worth, _ = task_losses.appraised(parts.model, parts.config, params, batch, np.array([1.0, 0.5]), np.array([0.0, 1.0]))
+  values = np.asarray(parts.model.apply({'params': params}, batch).scores[..., 0], float)
+  for row, (score, cut) in enumerate([(1.0, 0), (0.5, 1)]):
+    after, advantage = cut * values[row, end - 1], 0.0
+    for column in range(end - 2, first - 2, -1):
+      error = (score if column == end - 2 else 0) + after - values[row, column]
+      advantage = error + 0.9 * advantage
+      after = values[row, column]
+      np.testing.assert_allclose(worth['advantages'][row, column], advantage, atol=1e-5)
+      np.testing.assert_allclose(worth['returns'][row, column], advantage + values[row, column], atol=1e-5)
+  assert not np.asarray(worth['advantages'])[weights == 0].any()
+
+
 VARIANTS = {'grpo': {}, 'dr_grpo': dict(by_std=False, normalisation='longest'), 'dapo': dict(clip_high=0.28, normalisation='token')}
 
 
@@ -138,20 +175,21 @@ def test_groups_that_are_rewarded_alike_teach_nothing(variant, world, tmp_path):
 # ---- what does not matter ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize('normalisation', ['sequence', 'token'])
-def test_devices_and_microbatches_change_nothing_given_the_same_rollouts(normalisation, world, tmp_path, monkeypatch):
+@pytest.mark.parametrize('objective, changes', [
+    ('grpo', {'objective.grpo.normalisation': 'sequence'}), ('grpo', {'objective.grpo.normalisation': 'token'}), ('ppo', {})])
+def test_devices_and_microbatches_change_nothing_given_the_same_rollouts(objective, changes, world, tmp_path, monkeypatch):
   task, start = world
   written, generate = [], decode.generate
   def remembered(*args, **kwargs):
     written.append(generate(*args, **kwargs))
     return written[-1]
   with monkeypatch.context() as patch:
-    changes = {'objective.grpo.updates': 2, 'objective.grpo.normalisation': normalisation, 'optim.lr': 3e-3, 'steps': 4}
+    changes = changes | {f'objective.{objective}.updates': 2, 'optim.lr': 3e-3, 'steps': 4}
     patch.setattr(decode, 'generate', remembered)
-    train.run(tuned(task, 'grpo', start, **changes), f'{tmp_path}/one')
+    train.run(tuned(task, objective, start, **changes), f'{tmp_path}/one')
     kept = iter(list(written))
     patch.setattr(decode, 'generate', lambda *args, **kwargs: next(kept))
-    many = tuned(task, 'grpo', start, accumulation=2, **changes)
+    many = tuned(task, objective, start, accumulation=2, **changes)
     many.mesh.update(data=2, fsdp=2, tensor=2)
     train.run(many, f'{tmp_path}/many')
   names = ('loss', 'grad_norm', 'kl', 'kl_old', 'entropy', 'reward', 'clip_fraction')
@@ -289,7 +327,7 @@ def program(record, answer):
     ({'objective.grpo.max_new_tokens': 16}, 'max_new_tokens=16 leaves no room for a question in config.seq_len=16'),
     ({'objective.grpo.updates': 4}, 'config.steps=6 does not divide by config.objective.grpo.updates=4'),
     ({'objective.grpo.updates': 2, 'save_every': 3}, 'config.save_every=3 does not divide by'),
-    ({'objective.grpo.verifier': 'exakt'}, "Unknown verifier 'exakt'. Known: contains, exact, program; .*'exact'"),
+    ({'objective.grpo.verifier': 'exakt'}, "Unknown verifier 'exakt'. Known: contains, exact, f1, program; .*'exact'"),
     ({'objective.grpo.verifier': 'no_such:verifier'}, "Cannot import verifier 'no_such:verifier'"),
     ({'model.peft.method': 'prefix'}, "peft.method='prefix': objective 'grpo' writes its texts without virtual tokens"),
     ({'model.head.lm': False}, "objective 'grpo' predicts tokens, so it needs config.model.head.lm to be True"),

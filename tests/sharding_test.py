@@ -245,7 +245,8 @@ def test_axes_lie_in_different_slices_from_the_outermost_on():
   assert sharding._over_slices(sharding.mesh_sizes(dict(data=4, tensor=2), 8), 2)['data'] == 2
   grid = sharding.mesh_utils.create_hybrid_device_mesh([1, 4], [2, 1], [device(i, i % 2) for i in range(8)])
   assert [[d.slice_index for d in row] for row in grid] == [[0] * 4, [1] * 4]
-  with pytest.raises(JaxlmError, match='3 slices do not divide by data=4 and the axes outside it; set config.mesh.replica'):
+  told = '3 slices do not divide by data=4 and the axes outside it; set config.mesh.replica'
+  with pytest.raises(JaxlmError, match=told):
     sharding._over_slices(sharding.mesh_sizes(dict(data=4, fsdp=3), 12), 3)
 
 

@@ -100,7 +100,7 @@ def test_draws_have_the_models_own_distribution(guesser, sampling):
   found = dict.fromkeys(wanted, 0.0)
   for ids in drawn:
     found[tuple(ids)] += 1 / COUNT
-  # Exact draws of this number have this total variation in the mean; it hardly varies, being a sum over 256 continuations.
+  # Exact draws of this number have this total variation in the mean; it hardly varies, being a sum over 256 texts.
   expected = sum(np.sqrt(2 * p * (1 - p) / (np.pi * COUNT)) for p in wanted.values()) / 2
   assert sum(abs(found[ids] - wanted[ids]) for ids in wanted) / 2 < 1.25 * expected < 0.07
 

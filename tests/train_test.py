@@ -68,8 +68,8 @@ def test_resume_is_bitwise_identical(whole_run, tmp_path, monkeypatch):
 def test_a_damaged_newest_checkpoint_costs_only_the_steps_since_the_one_before(whole_run, caplog):
   config, whole = whole_run
   before = losses(whole), params(whole, 6)
-  victim = max((os.path.join(root, name) for root, _, names in os.walk(f'{whole}/checkpoints/6/params') for name in names),
-               key=os.path.getsize)
+  victim = max((os.path.join(root, name) for root, _, names in os.walk(f'{whole}/checkpoints/6/params')
+                for name in names), key=os.path.getsize)
   with open(victim, 'rb+') as f:
     f.seek(os.path.getsize(victim) // 2)
     byte = f.read(1)

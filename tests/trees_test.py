@@ -59,7 +59,8 @@ def test_diff_names_each_path_that_is_missing_left_over_or_of_another_shape():
   other = tree()
   del other['c']
   other['d'], other['a']['w'] = np.ones(1), np.ones((2, 2))
-  assert trees.diff(tree(), other) == ['c: missing; wanted shape (4,).', 'd: not expected.', 'a/w: shape (2, 2); wanted (2, 3).']
+  assert trees.diff(tree(), other) == [
+      'c: missing; wanted shape (4,).', 'd: not expected.', 'a/w: shape (2, 2); wanted (2, 3).']
   assert trees.diff(tree(), tree()) == []
 
 

@@ -17,11 +17,11 @@ QUESTIONS = 'abcdefgh'
 pytestmark = pytest.mark.usefixtures('few_devices')
 
 
-def task(folder, kind, records, **settings):
-  (folder / f'{kind}.jsonl').write_text('\n'.join(map(json.dumps, records)), encoding='utf-8')
-  files = {split: str(folder / f'{kind}.jsonl') for split in ('train', 'validation', 'test')}
-  (folder / f'{kind}.json').write_text(json.dumps(dict(kind=kind, files=files, **settings)), encoding='utf-8')
-  return str(folder / f'{kind}.json')
+def task(folder, name, records, kind_='', **settings):
+  (folder / f'{name}.jsonl').write_text('\n'.join(map(json.dumps, records)), encoding='utf-8')
+  files = {split: str(folder / f'{name}.jsonl') for split in ('train', 'validation', 'test')}
+  (folder / f'{name}.json').write_text(json.dumps(dict(kind=kind_ or name, files=files, **settings)), encoding='utf-8')
+  return str(folder / f'{name}.json')
 
 
 @pytest.fixture(scope='module')
@@ -38,6 +38,9 @@ def world(tmp_path_factory, few_devices):
       'span': task(folder, 'span', [dict(text=a, context=f'{b}{b} {a}!', answer=f'{a}!', start=3) for a, b in letters],
                    second='{{ context }}'),
       'retrieve': task(folder, 'retrieve', [dict(text=a, doc=a + a) for a in QUESTIONS], second='{{ doc }}'),
+      'liked': task(folder, 'liked', [dict(text=a, said=c, label=label) for a, b in letters
+                                      for c, label in ((b, 'good'), ('z', 'bad'))], kind_='classify', second='{{ said }}',
+                    labels=('bad', 'good')),
       'prefer': task(folder, 'prefer', [dict(text=a, good=b, rejected='z') for a, b in letters], second='{{ good }}'),
   }
   runs = {}
@@ -206,6 +209,36 @@ def test_embeddings_of_a_batch_meet_whatever_the_devices(structure, world, tmp_p
   assert found[0][-1] < found[0][0]
 
 
+def test_the_same_document_of_another_row_is_not_a_wrong_one():
+  from jaxlm import sharding, task_losses
+  from jaxlm.state import build_model
+  config = base.smoke(base.default())
+  config.model.update(structure='encoder', num_layers=1, width=32)
+  config.objective.name = 'contrast'
+  model = build_model(config, 128, 'full', sharding.single(config.sharding.rules))
+  rng = np.random.default_rng(0)
+  texts = rng.integers(1, 100, (3, 2, 5))
+  def loss(documents):
+    ids = np.stack([np.concatenate([texts[i, 0], texts[j, 1]]) for i, j in enumerate(documents)])
+    segments = np.broadcast_to(np.repeat([1, 2], 5), ids.shape)
+    batch = dict(tokens=ids, segment_ids=segments, positions=np.broadcast_to(np.tile(np.arange(5), 2), ids.shape),
+                 label_weights=np.ones(3, np.float32))
+    batch = {key: np.asarray(x, np.int32 if key != 'label_weights' else np.float32) for key, x in batch.items()}
+    params = params_of(batch)
+    return task_losses.contrast_loss(model, config, params, batch, None)[0], params, batch
+  def params_of(batch):
+    import jax
+    return nn.meta.unbox(model.init(jax.random.key(0), batch)['params'])
+  import flax.linen as nn
+  total, params, batch = loss([0, 1, 0])  # the first and the last query have one document
+  hidden = model.apply({'params': params}, batch, with_logits=False).hidden
+  unit = np.asarray(task_losses.embeddings(model, hidden, batch, 2), float)
+  unit /= np.linalg.norm(unit, axis=-1, keepdims=True)
+  scores = unit[:, 0] @ unit[:, 1].T / config.objective.contrast.temperature
+  nll = lambda row, own, others: np.log(np.exp(scores[row, [own, *others]]).sum()) - scores[row, own]
+  assert float(total) == pytest.approx(nll(0, 0, [1]) + nll(1, 1, [0, 2]) + nll(2, 2, [1]), rel=1e-4)
+
+
 @pytest.mark.parametrize('loss', ['dpo', 'ipo', 'orpo', 'simpo'])
 @pytest.mark.parametrize('method', ['none', 'lora'])
 def test_preferences_are_learned_beside_a_reference_that_stays(loss, method, world, tmp_path):
@@ -222,6 +255,55 @@ def test_preferences_are_learned_beside_a_reference_that_stays(loss, method, wor
   many.mesh.update(data=2, fsdp=2)
   train.run(many, f'{tmp_path}/many')
   np.testing.assert_allclose(losses(f'{tmp_path}/many'), losses(f'{tmp_path}/run'), rtol=2e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize('name', ['prefer', 'liked'])
+@pytest.mark.parametrize('method', ['none', 'lora'])
+def test_single_answers_are_learned_from_pairs_or_alone(name, method, world, tmp_path):
+  tasks, runs = world
+  found = []
+  for mesh in (dict(data=1), dict(data=2, fsdp=2)):
+    config = tuned(tasks, 'kto', name, start=runs['decoder'], **{'model.peft.method': method, 'steps': 12, 'eval_every': 6,
+                                                                'seq_len': 24})
+    config.mesh.update(mesh)
+    last = train.run(config, f'{tmp_path}/{len(found)}')
+    found.append([[line[f'train/{key}'] for key in ('loss', 'kl', 'grad_norm')] for line in read_jsonl(
+        f'{tmp_path}/{len(found)}/metrics.jsonl') if 'train/loss' in line])
+  np.testing.assert_allclose(*found, rtol=2e-4, atol=1e-5)
+  assert found[0][0][:2] == [pytest.approx(0.5), 0]  # the policy begins as its reference
+  assert np.diff(evaluated(f'{tmp_path}/0')) < 0
+  assert last['eval/validation/rewards_chosen'] > last['eval/validation/rewards_rejected'] + 0.05
+
+
+def test_an_answer_of_another_question_says_what_answers_became(world):
+  from jaxlm.data import encoders, examples
+  from jaxlm.data import tasks as tasks_module
+  tasks, runs = world
+  for name in ('prefer', 'liked'):
+    task = tasks_module.make(tasks[name])
+    read = list(tasks_module.examples(task, 'train'))
+    found = encoders.judged(task, read)
+    assert len(found) == 128 and sum(e.target for e in found) == 64
+    assert {(e.input, e.second, e.target) for e in found} == {(a, c, good) for a in QUESTIONS for b in QUESTIONS
+                                                             for c, good in ((b, 1), ('z', 0))}
+    nearest = {e.input: e.choices[0] for e in found}
+    assert len(nearest) == 8 and all(e.choices[0] in QUESTIONS for e in found)
+  prepared = examples.prepare(tuned(tasks, 'kto', 'liked', start=runs['decoder']), (), ('prefer', 'classify'))
+  assert set(prepared.task.train.labels.tolist()) == {0, 1} and len(prepared.task.train) == 64  # as many as smoke reads
+  with pytest.raises(JaxlmError, match='has the question as `input`, the answer as `second` and two labels'):
+    examples.prepare(tuned(tasks, 'kto', 'classify', start=runs['decoder']), (), ('prefer', 'classify'))
+
+
+@pytest.mark.parametrize('objective, name', [('prefer', 'prefer'), ('kto', 'prefer'), ('answer', 'text'), ('grpo', 'text')])
+def test_a_mixture_stays_balanced_while_it_is_adapted(objective, name, world, tmp_path):
+  tasks, _ = world
+  config = tuned(tasks, objective, name, steps=1, eval_every=0, save_every=0)
+  config.model.moe.update(num_experts=4, top_k=2, width=32, balance_loss=0.1, z_loss=0.0)
+  if objective == 'grpo':
+    config.objective.grpo.max_new_tokens = 4
+  train.run(config, f'{tmp_path}/run')
+  line = next(line for line in read_jsonl(f'{tmp_path}/run/metrics.jsonl') if 'train/loss' in line)
+  assert line['train/objective'] == pytest.approx(line['train/loss'] + 0.1 * line['train/balance'], rel=1e-5)
 
 
 @pytest.mark.parametrize('structure', ['decoder', 'encoder'])

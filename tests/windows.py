@@ -1,7 +1,7 @@
 """Windows of text for the tests of objectives: every token tells where it stood, and what becomes of a batch's rows."""
 import numpy as np
 
-from jaxlm import config as configs
+from jaxlm import fits, config as configs
 from jaxlm import objectives
 from jaxlm.data import words
 from jaxlm.data.tokenizers import Vocab
@@ -61,8 +61,8 @@ def make(name, kind, seq_len=64, mask_documents=True, **own):
   return objectives.make(config_of(name, kind, seq_len, mask_documents, **own), VOCAB)
 
 
-TEXT = [name for name in objectives.FITS if name not in objectives.ANSWERS]  # what learns raw text, not a task
-PAIRS = [(name, kind) for name in TEXT for kind in objectives.FITS[name]]
+TEXT = [name for name in fits.FITS if name not in fits.ANSWERS]  # what learns raw text, not a task
+PAIRS = [(name, kind) for name in TEXT for kind in fits.FITS[name]]
 
 
 def rng_of(number):

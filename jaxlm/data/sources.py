@@ -1,5 +1,6 @@
 """Where documents come from: the standard library's code, text files, JSON Lines, proteins; and all other sources."""
 import functools
+import hashlib
 import sysconfig
 from pathlib import Path
 from typing import Iterator
@@ -8,6 +9,23 @@ from jaxlm.data import tables, tokenfiles
 from jaxlm.data.files import PAIR, Source, decoded, json_field, line_number, lines, matching, named
 from jaxlm.errors import JaxlmError
 from jaxlm.lookup import lookup
+
+
+SALT = 1807  # of splits: with it each of them has modules whose doctests can be run
+
+
+def split_of(name: str, by_file: bool = True) -> str:
+  """The split of the standard library's tasks that a name falls into: 80, 10 and 10 of a hundred, for ever the same.
+
+  Args:
+    name: a record's id or a path.
+    by_file: by the path alone, so that a file's records stay together; else by the whole name.
+  Returns:
+    'train', 'validation' or 'test'.
+  """
+  key = name.partition(':')[0] if by_file else name
+  place = int.from_bytes(hashlib.sha256(f'{SALT}/{key}'.encode()).digest()[:8], 'big') % 100
+  return 'train' if place < 80 else 'validation' if place < 90 else 'test'
 
 
 def _source_file(path: str, offset: int) -> Iterator[tuple[str, int, int]]:
@@ -20,13 +38,20 @@ def _source_file(path: str, offset: int) -> Iterator[tuple[str, int, int]]:
 
 
 def stdlib(data, paths: str) -> Source:
-  """The running Python's standard library, a document a file, without its tests and what was installed beside it."""
-  del data, paths
+  """The running Python's standard library, a document a file, without its tests and what was installed beside it.
+
+  Args:
+    paths: '' for all files; 'train' for those that its tasks do not hold out (`split_of`), or another split's.
+  """
+  del data
   root = Path(sysconfig.get_paths()['stdlib'])
   left_out = {'test', 'tests', 'idle_test', 'site-packages', 'dist-packages', '__pycache__'}
   names = sorted(str(p.relative_to(root).as_posix()) for p in root.rglob('*.py')
                  if not left_out & set(p.relative_to(root).parts) and p.is_file()
                  and not p.name.startswith('_sysconfigdata'))  # that one describes the machine Python was built on
+  if paths:
+    lookup(dict.fromkeys(('train', 'validation', 'test')), paths, 'split of the standard library')
+    names = [name for name in names if split_of(name) == paths]
   if not names:
     raise JaxlmError(f'This Python has no standard library source under {root}; set config.data.source=text and '
                      'config.data.paths.')

@@ -6,7 +6,6 @@ another version has another library.
 import ast
 import collections
 import functools
-import hashlib
 import inspect
 import io
 import keyword
@@ -18,15 +17,16 @@ import warnings
 from pathlib import Path
 from typing import Iterator, NamedTuple
 
-from jaxlm.data import sources
+from jaxlm.data import lisp, sources
 from jaxlm.lookup import lookup
 
-SALT = 1807                              # of splits: with it each of them has modules whose doctests can be run
 MIN_WORDS = 4                            # of a docstring; a shorter one says nothing
 MAX_CONTEXT = 2_000                      # characters of a function that is asked about
 CHUNK_LINES = 16                         # of a text whose module is to be named
 NUM_MODULES = 20
 TABLES = {'encodings', 'pydoc_data'}     # modules that are large for their tables
+STATEMENT = range(24, 73)                # characters of a statement that is translated
+FORMS = 3                                # in its translation, at least
 MIN_SPAN_WORDS, MAX_SPAN_WORDS, MAX_WORD = 16, 64, 40
 KINDS = ('KEYWORD', 'NAME', 'CALL', 'FUNCTION', 'CLASS', 'NUMBER', 'STRING', 'COMMENT')
 TAGS = ('O', *(f'{place}-{kind}' for kind in KINDS for place in 'BI'))
@@ -176,16 +176,10 @@ def _functions() -> Iterator[tuple[Module, Function]]:
 # ---- splits ------------------------------------------------------------------------------------------------------
 
 
-def split_of(name: str, by_file: bool = True) -> str:
-  """'train', 'validation' or 'test', 80, 10 and 10 of a hundred, for ever the same.
-
-  Args:
-    name: a record's id or a path.
-    by_file: by the path alone, so that a file's records stay together; else by the whole name.
-  """
-  key = name.partition(':')[0] if by_file else name
-  place = int.from_bytes(hashlib.sha256(f'{SALT}/{key}'.encode()).digest()[:8], 'big') % 100
-  return 'train' if place < 80 else 'validation' if place < 90 else 'test'
+@functools.cache
+def _all(task: str) -> tuple[dict, ...]:
+  """Of all splits, once a process: some take seconds."""
+  return tuple(RECORDS[task]())
 
 
 def records(task: str, split: str) -> Iterator[dict]:
@@ -194,9 +188,9 @@ def records(task: str, split: str) -> Iterator[dict]:
   Raises:
     JaxlmError: no such task or split.
   """
-  make = lookup(RECORDS, task, 'task')
+  lookup(RECORDS, task, 'task')
   lookup(dict.fromkeys(('train', 'validation', 'test')), split, 'split')
-  return (record for record in make() if split_of(record['id'], by_file=task not in WITHIN_FILES) == split)
+  return (record for record in _all(task) if sources.split_of(record['id'], by_file=task not in WITHIN_FILES) == split)
 
 
 # ---- functions and what is said of them --------------------------------------------------------------------------
@@ -394,6 +388,29 @@ def token_kinds(modules: tuple[Module, ...] | None = None) -> Iterator[dict]:
         pairs = []
 
 
+# ---- statements in another language ------------------------------------------------------------------------------
+
+
+def translation() -> Iterator[dict]:
+  """A statement on a line of its own -> the same in a Lisp (`lisp`): id, python, lisp."""
+  seen = set()
+  for module in library():
+    for number, line in enumerate(module.lines, 1):
+      text = line.strip()
+      if len(text) not in STATEMENT or text in seen or text[0] in '#"\'@' or text.endswith((':', ',', '\\', '(', '[', '{')):
+        continue
+      seen.add(text)
+      try:
+        with warnings.catch_warnings():
+          warnings.simplefilter('ignore')
+          [statement] = ast.parse(text).body
+        said = lisp.translated(statement)
+      except (SyntaxError, ValueError, lisp.Untranslatable):
+        continue
+      if said.count('(') >= FORMS and '#' not in text:
+        yield dict(id=f'{module.path}:{number}', python=text, lisp=said)
+
+
 # ---- chunks and their modules ------------------------------------------------------------------------------------
 
 
@@ -423,4 +440,4 @@ def module() -> Iterator[dict]:
 
 WITHIN_FILES = {'module'}  # tasks whose splits divide files
 RECORDS = {'summary': summary, 'body': body, 'retrieve': retrieve, 'token_kinds': token_kinds, 'module': module,
-           'default': default}
+           'default': default, 'translation': translation}

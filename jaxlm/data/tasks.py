@@ -4,24 +4,19 @@ One description serves training (`data.task`), prompting with examples and scori
 a JSON file with the fields of `Task`, or "module:attribute". A record that does not fit is told of in a line, with its
 file and line, before anything is trained or measured.
 """
-import csv
 import dataclasses
 import functools
-import hashlib
-import io
 import json
 from pathlib import Path
 from typing import Any, Callable, Iterator, Mapping
 
 import numpy as np
 
-from jaxlm.data import stdlib_tasks, tables, templates
-from jaxlm.data.files import decoded, lines, matching
+from jaxlm.data import records, stdlib_tasks, templates
+from jaxlm.data.expressions import listed, made
+from jaxlm.data.records import Record
 from jaxlm.errors import JaxlmError
 from jaxlm.lookup import lookup, nearest
-
-SPLITS = ('train', 'validation', 'test')
-Record = Mapping[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,16 +24,18 @@ class Task:
   """One task.
 
   Texts are made of a record by jinja2 templates, which see its fields. What is no text (labels, words, answers) is a
-  field of the record: the one of that name, or the one that `fields` says.
+  field of the record: the one of that name, or what `fields` says, a name or an expression in {{ }}. Both know the
+  filter `split(pattern)`, with which 'A. one\\nB. two' | split('(?m)^[A-Z][.]') is [' one', ' two'].
 
   Attributes:
     kind: a key of KINDS: what an answer is.
-    records: a key of READERS, or "module:function" of a split that yields (id, record).
+    records: a key of `records.READERS` or `records.BUILT_IN`, or "module:function" of a split that yields (id, record).
     files: {split: globs joined by commas}; a split without files is held out of `train`, by record.
-    fields: {ours: the record's}.
+    fields: {ours: the record's}: choices, words, tags, labels, answers, negatives, rejected, messages; `answers` of a
+      kind 'text' are all that count as right, where they are named here.
     input: template of the question; of a span, of the question about `second`.
-    second: template of a second text, '' where there is none: of a pair, a span's context, a query's document, the better
-      of two answers.
+    second: template of a second text, '' where there is none: of a pair, a span's context, a query's document, the
+      better of two answers.
     target: template of the answer, where that is text or a label.
     labels: names of the classes or tags; (): those that occur in the training split, sorted.
     instruction: what a prompt begins with.
@@ -46,7 +43,8 @@ class Task:
     metric: a key of `measure.scores.METRICS`; '': the kind's.
     stop: texts before which an answer ends.
     max_new_tokens: of an answer.
-    program: "module:function" of (record, answer) that gives a program's text; an answer is right if that passes.
+    program: template of a program, which sees what a model `said`, too; or "module:function" of (record, said) that
+      gives its text. An answer is right if that passes.
     held_out: records of 100 that are held out for validation, and as many for the test, where these have no files.
   """
   kind: str
@@ -74,12 +72,12 @@ class Example:
     id: "file:line", or what else finds the record.
     input: the question.
     second: a second text, or ''.
-    target: by kind: text; number of a class, a choice; numbers of tags; a float; 0 and 1 for each label; (start, end) in
-      `second`, (-1, -1) without an answer.
+    target: by kind: text; number of a class, a choice; numbers of tags; a float; 0 and 1 for each label; (start, end)
+      in `second`, (-1, -1) without an answer.
     choices: answers to choose from; documents that do not belong to the query; the worse answer.
     words: that are tagged.
     messages: of a conversation.
-    answers: all that count as right, of a span.
+    answers: all that count as right, of a span or a text.
     record: as it was.
   """
   id: str
@@ -93,152 +91,38 @@ class Example:
   record: Record = dataclasses.field(default_factory=dict)
 
 
-# ---- reading records ---------------------------------------------------------------------------------------------
-
-
-def _jsonl(paths: str, split: str) -> Iterator[tuple[str, Record]]:
-  """An object a line."""
-  del split
-  for path in matching(paths):
-    for number, (line, offset) in enumerate(lines(path, 0), 1):
-      if not line.strip():
-        continue
-      try:
-        record = json.loads(decoded(line, path, offset))
-      except (ValueError, RecursionError) as e:
-        raise JaxlmError(f'{path}:{number}: not a line of JSON ({e}); mend or remove it.') from e
-      if not isinstance(record, dict):
-        raise JaxlmError(f'{path}:{number}: wanted a JSON object, got {type(record).__name__}; mend or remove it.')
-      yield f'{path}:{number}', record
-
-
-def _table(paths: str, split: str, delimiter: str) -> Iterator[tuple[str, Record]]:
-  """Lines of columns under a header."""
-  del split
-  for path in matching(paths):
-    text = decoded(b''.join(line for line, _ in lines(path, 0)), path, 0).removeprefix('\ufeff')
-    reader = csv.DictReader(io.StringIO(text), delimiter=delimiter, strict=True)
-    try:
-      for record in reader:
-        if None in record or None in record.values():
-          raise JaxlmError(f'{path}:{reader.line_num}: wanted {len(reader.fieldnames)} columns, as the first line has; '
-                           'mend or remove it.')
-        yield f'{path}:{reader.line_num}', record
-    except csv.Error as e:
-      raise JaxlmError(f'{path}:{reader.line_num}: {e}; mend or remove it.') from e
-
-
-# (globs joined by commas, the split) -> (id, record) of each
-READERS: dict[str, Callable[..., Iterator[tuple[str, Record]]]] = {
-    'jsonl': _jsonl, 'csv': functools.partial(_table, delimiter=','), 'tsv': functools.partial(_table, delimiter='\t'),
-    'parquet': tables.parquet_records, 'hf_dataset': tables.hf_records,
-}
-
-
-def _part(id: str, held_out: int) -> str:
-  """The split of a record that was given for all of them: a function of its id's last part, wherever the file lies."""
-  hundredth = int.from_bytes(hashlib.sha256(Path(id).name.encode()).digest()[:4], 'big') % 100
-  return 'test' if hundredth < held_out else 'validation' if hundredth < 2 * held_out else 'train'
-
-
-def records(task: Task, split: str) -> Iterator[tuple[str, Record]]:
-  """(id, record) of each record of a split.
-
-  Raises:
-    JaxlmError: no such split, no files, or a line that is no record.
-  """
-  if split not in SPLITS:
-    raise JaxlmError(f'A task has the splits {", ".join(SPLITS)}; got {split!r}.')
-  if task.records not in READERS:
-    yield from lookup(BUILT_IN, task.records, 'reader of records')(split)
-    return
-  if split in task.files:
-    found = READERS[task.records](task.files[split], split)
-    missing = {other for other in SPLITS if other not in task.files} if split == 'train' else set()
-    yield from ((id, record) for id, record in found if _part(id, task.held_out) not in missing)
-  elif 'train' in task.files:
-    yield from ((id, r) for id, r in READERS[task.records](task.files['train'], 'train')
-                if _part(id, task.held_out) == split)
-  else:
-    raise JaxlmError(f"The task names no files of split {split!r} and none of 'train' to hold them out of; set files.")
-
-
-def _of_stdlib(name: str) -> Callable[[str], Iterator[tuple[str, Record]]]:
-  return lambda split: ((record['id'], record) for record in stdlib_tasks.records(name, split))
-
-
-def _conversations(split: str) -> Iterator[tuple[str, Record]]:
-  """Two questions about a function, and what its docstring and its signature answer."""
-  for record in stdlib_tasks.records('summary', split):
-    head = record['code'].split('\n')[0].strip()
-    yield record['id'], dict(messages=[
-        dict(role='user', content=f'What does this do?\n{record["code"]}'),
-        dict(role='assistant', content=record['summary']),
-        dict(role='user', content='How does its definition begin?'), dict(role='assistant', content=head)])
-
-
-def _preferences(split: str) -> Iterator[tuple[str, Record]]:
-  """A function's own summary, and that of the function before it."""
-  before = None
-  for record in stdlib_tasks.records('summary', split):
-    if before is not None and before != record['summary']:
-      yield record['id'], dict(prompt=record['code'], chosen=record['summary'], rejected=before)
-    before = record['summary']
-
-
-def _texts(split: str) -> Iterator[tuple[str, Record]]:
-  """Whole modules."""
-  return ((module.path, dict(text='\n'.join(module.lines))) for module in stdlib_tasks.library()
-          if stdlib_tasks.split_of(module.path) == split)
-
-
-BUILT_IN = {f'stdlib_{name}': _of_stdlib(name) for name in stdlib_tasks.RECORDS} | {
-    'stdlib_chat': _conversations, 'stdlib_preferences': _preferences, 'stdlib_text': _texts}
-
-
 # ---- records become examples -------------------------------------------------------------------------------------
 
 
-@functools.lru_cache(256)
-def _template(source: str):
-  """A compiled jinja2 template; a field that is missing is an error."""
-  import jinja2
-  from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-  def there(value):
-    if value is None:
-      raise jinja2.TemplateError('a field is null')
-    return value
-
-  environment = ImmutableSandboxedEnvironment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True, finalize=there)
-  try:
-    return environment.from_string(source)
-  except jinja2.TemplateError as e:
-    raise JaxlmError(f'Template {source!r}: {e}.') from e
-
-
 def _text(task: Task, source: str, id: str, record: Record) -> str:
-  import jinja2
-  try:
-    return _template(source).render(record)
-  except jinja2.TemplateError as e:
-    raise JaxlmError(f'{id}: template {source!r}: {e}; the record has {_listed(record)}. Mend the record, or the '
-                     'template.') from e
+  return made(source, id, record, is_text=True)
 
 
-def _listed(record: Record) -> str:
-  return ', '.join(map(repr, list(record)[:12])) or 'no fields'
+def program_of(task: Task, example: Example, said: str) -> str:
+  """The program that shows whether an answer is right."""
+  if '{{' in task.program:
+    return _text(task, task.program, example.id, dict(example.record, said=said))
+  return lookup({}, task.program, 'program of a task')(example.record, said)
 
 
 def _field(task: Task, name: str, id: str, record: Record, wanted: str, holds: Callable[[Any], bool]) -> Any:
   """What a record says of one of our fields."""
   theirs = task.fields.get(name, name)
-  if theirs not in record:
-    raise JaxlmError(f'{id}: no field {theirs!r}; it has {_listed(record)}. Mend the record, or set fields[{name!r}] of '
-                     f'the task.{nearest(theirs, record)}')
-  if not holds(record[theirs]):
-    raise JaxlmError(f'{id}: field {theirs!r} wants {wanted}, got {str(record[theirs])[:60]!r}; mend or remove the record.')
-  return record[theirs]
+  if '{{' in theirs:
+    value = made(theirs, id, record, is_text=False)
+  elif theirs in record:
+    value = record[theirs]
+  else:
+    raise JaxlmError(f'{id}: no field {theirs!r}; it has {listed(record)}. Mend the record, or set fields[{name!r}] '
+                     f'of the task.{nearest(theirs, record)}')
+  if not holds(value):
+    raise JaxlmError(f'{id}: field {theirs!r} wants {wanted}, got {str(value)[:60]!r}; mend or remove the record.')
+  return value
+
+
+def _has(task: Task, name: str, record: Record) -> bool:
+  theirs = task.fields.get(name, name)
+  return '{{' in theirs or theirs in record
 
 
 def _is_texts(value: Any) -> bool:
@@ -281,26 +165,27 @@ def _tagged(task: Task, id: str, record: Record, make: Callable[[str], str]) -> 
   words = _field(task, 'words', id, record, 'a list of words', _is_texts)
   tags = _field(task, 'tags', id, record, 'a list of tags', lambda x: isinstance(x, (list, tuple)))
   if len(words) != len(tags) or not words:
-    raise JaxlmError(f'{id}: {len(words)} words and {len(tags)} tags; each word has one, and there is at least one. Mend '
-                     'or remove the record.')
+    raise JaxlmError(f'{id}: {len(words)} words and {len(tags)} tags; each word has one, and there is at least one. '
+                     'Mend or remove the record.')
   return dict(input='', words=tuple(words), target=tuple(label_number(task, id, tag) for tag in tags))
 
 
 def _span(task: Task, id: str, record: Record, make: Callable[[str], str]) -> dict[str, Any]:
   """SQuAD's form: answers is {'text': […], 'answer_start': […]}; or `answer` and `start`, one of each."""
   context = make(task.second)
-  if 'answers' in record:
-    answers = _field(task, 'answers', id, record, "{'text': […], 'answer_start': […]}", lambda x: isinstance(
-        x, dict) and _is_texts(x.get('text')) and isinstance(x.get('answer_start'), (list, tuple)) and len(x['text']) == len(
-            x['answer_start']) and all(type(start) is int for start in x['answer_start']))
+  as_squad = lambda x: (
+      isinstance(x, dict) and _is_texts(x.get('text')) and isinstance(x.get('answer_start'), (list, tuple))
+      and len(x['text']) == len(x['answer_start']) and all(type(start) is int for start in x['answer_start']))
+  if _has(task, 'answers', record):
+    answers = _field(task, 'answers', id, record, "{'text': […], 'answer_start': […]}", as_squad)
     texts, starts = answers['text'], answers['answer_start']
   else:
     texts = [_field(task, 'answer', id, record, 'text', lambda x: isinstance(x, str))]
     starts = [_field(task, 'start', id, record, 'a whole number', lambda x: type(x) is int)]
   for text, start in zip(texts, starts):
     if context[start:start + len(text)] != text:
-      raise JaxlmError(f'{id}: the context has {context[start:start + len(text)]!r} at {start}, not the answer {text!r}; '
-                       'mend or remove the record.')
+      raise JaxlmError(f'{id}: the context has {context[start:start + len(text)]!r} at {start}, not the answer '
+                       f'{text!r}; mend or remove the record.')
   return dict(target=(starts[0], starts[0] + len(texts[0])) if texts else (-1, -1), answers=tuple(texts))
 
 
@@ -308,29 +193,34 @@ def _answered(task: Task, id: str, record: Record, make: Callable[[str], str]) -
   target = make(task.target)
   if not target.strip():
     raise JaxlmError(f'{id}: the target is empty; mend or remove the record.')
-  return dict(target=target)
+  answers = _field(task, 'answers', id, record, 'a list of texts', _is_texts) if 'answers' in task.fields else ()
+  return dict(target=target, answers=tuple(answers))
 
 
 def _choice(task: Task, id: str, record: Record, make: Callable[[str], str]) -> dict[str, Any]:
   choices = tuple(_field(task, 'choices', id, record, 'a list of texts', _is_texts))
   if not choices:
     raise JaxlmError(f'{id}: there is nothing to choose from; mend or remove the record.')
+  if '' in choices:
+    raise JaxlmError(f'{id}: choice {choices.index("")} is empty, and nothing is likelier; mend or remove the record.')
   value = make(task.target)
   readings = {choices.index(value)} if value in choices else set()
   readings |= {int(value)} if value.isdecimal() and int(value) < len(choices) else set()
   if len(readings) > 1:
-    raise JaxlmError(f'{id}: target {value!r} is one of the choices, and the number of another; give the number of every '
-                     'target, or none.')
+    raise JaxlmError(f'{id}: target {value!r} is one of the choices, and the number of another; give the number of '
+                     'every target, or none.')
   number = next(iter(readings), -1)
   if number < 0:
-    raise JaxlmError(f'{id}: target {value!r} is none of the {len(choices)} choices, nor the number of one; mend or remove '
-                     'the record.')
+    raise JaxlmError(f'{id}: target {value!r} is none of the {len(choices)} choices, nor the number of one; mend or '
+                     'remove the record.')
   return dict(choices=choices, target=number)
 
 
 def _retrieved(task: Task, id: str, record: Record, make: Callable[[str], str]) -> dict[str, Any]:
-  negatives = record.get(task.fields.get('negatives', 'negatives'), ())
-  return dict(choices=tuple(_field(task, 'negatives', id, record, 'a list of texts', _is_texts)) if negatives else ())
+  if not _has(task, 'negatives', record):
+    return {}
+  found = _field(task, 'negatives', id, record, 'a list of texts', lambda x: not x or _is_texts(x))
+  return dict(choices=tuple(found or ()))
 
 
 def _conversation(task: Task, id: str, record: Record, make: Callable[[str], str]) -> dict[str, Any]:
@@ -373,6 +263,10 @@ KINDS = {
 TEXTLESS = ('tag', 'chat')  # kinds whose records have no `input`
 
 
+def _records(task: Task, split: str) -> Iterator[tuple[str, Record]]:
+  return records.of_split(task.records, task.files, split, task.held_out)
+
+
 def examples(task: Task, split: str) -> Iterator[Example]:
   """The examples of a split.
 
@@ -380,14 +274,16 @@ def examples(task: Task, split: str) -> Iterator[Example]:
     JaxlmError: a record that does not fit the task: file, line, remedy; or a split without any.
   """
   kind, count = lookup(KINDS, task.kind, 'kind of task'), 0
-  for id, record in records(task, split):
+  for id, record in _records(task, split):
     make = functools.partial(_text, task, id=id, record=record)
-    texts = {} if task.kind in TEXTLESS else dict(input=make(task.input), second=make(task.second) if task.second else '')
+    texts = {}
+    if task.kind not in TEXTLESS:
+      texts = dict(input=make(task.input), second=make(task.second) if task.second else '')
     yield Example(id, **(texts | kind.read(task, id, record, make)), record=record)
     count += 1
   if not count:
-    raise JaxlmError(f'Split {split!r} of the task is empty: {task.files.get(split) or task.records} gives no record. Give '
-                     'it files, or raise held_out.')
+    raise JaxlmError(f'Split {split!r} of the task is empty: {task.files.get(split) or task.records} gives no record. '
+                     'Give it files, or raise held_out.')
 
 
 def named_labels(task: Task) -> Task:
@@ -395,12 +291,13 @@ def named_labels(task: Task) -> Task:
   if task.labels or not lookup(KINDS, task.kind, 'kind of task').labels:
     return task
   found: set[str] = set()
-  for id, record in records(task, 'train'):
+  for id, record in _records(task, 'train'):
     if task.kind == 'classify':
       found.add(_text(task, task.target, id, record))
     else:
       name = 'tags' if task.kind == 'tag' else 'labels'
-      found.update(map(str, _field(task, name, id, record, f'a list of {name}', lambda x: isinstance(x, (list, tuple)))))
+      given = _field(task, name, id, record, f'a list of {name}', lambda x: isinstance(x, (list, tuple)))
+      found.update(map(str, given))
   if not found:
     raise JaxlmError("Split 'train' of the task is empty, so it has no labels; give it files.")
   return dataclasses.replace(task, labels=tuple(sorted(found)))
@@ -431,6 +328,10 @@ def make(name: str) -> Task:
   return named_labels(described(values, name))
 
 
+JSON_TYPES = {  # of a task's fields; others are texts
+    'files': dict, 'fields': dict, 'labels': list, 'stop': list, 'max_new_tokens': int, 'held_out': int}
+
+
 def described(values: Any, where: str) -> Task:
   """A task of a nested dict, as JSON has it."""
   fields = {field.name: field for field in dataclasses.fields(Task)}
@@ -439,7 +340,7 @@ def described(values: Any, where: str) -> Task:
   for key, value in values.items():
     if key not in fields:
       raise JaxlmError(f'{where}: unknown key {key!r}; a task has {", ".join(fields)}.{nearest(key, fields)}')
-    wanted = {'files': dict, 'fields': dict, 'labels': list, 'stop': list, 'max_new_tokens': int, 'held_out': int}.get(key, str)
+    wanted = JSON_TYPES.get(key, str)
     if not isinstance(value, wanted):
       raise JaxlmError(f'{where}: {key} wants {wanted.__name__}, got {value!r}.')
     inside = value.values() if wanted is dict else value if wanted is list else ()
@@ -455,10 +356,13 @@ TASKS = {
     'body': Task('text', 'stdlib_body', input='{{ prompt }}', target='{{ body }}', max_new_tokens=256,
                  program='jaxlm.data.stdlib_tasks:program', metric='pass@1'),
     'stdlib': Task('document', 'stdlib_text'),
+    'lisp': Task('text', 'stdlib_translation', input='{{ python }}\n', target='{{ lisp }}', metric='bleu',
+                 stop=('\n',), max_new_tokens=128),
     'find': Task('retrieve', 'stdlib_retrieve', input='{{ query }}', second='{{ positive }}'),
     'kinds': Task('tag', 'stdlib_token_kinds', labels=stdlib_tasks.TAGS),
     'module': Task('classify', 'stdlib_module'),
     'default': Task('span', 'stdlib_default', input='{{ question }}', second='{{ context }}'),
     'assistant': Task('chat', 'stdlib_chat'),
-    'better': Task('prefer', 'stdlib_preferences', input='{{ prompt }}\n# What it does:', second=' {{ chosen }}'),
+    'better': Task('prefer', 'stdlib_preferences', input='{{ prompt }}\n# What it does:', second=' {{ chosen }}',
+                   fields={'rejected': "{{ ' ' ~ rejected }}"}),
 }

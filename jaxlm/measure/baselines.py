@@ -29,7 +29,8 @@ def _majority(task: Task, train: Sequence[Example], asked: Sequence[Example]) ->
 
 
 def _tfidf(task: Task, train: Sequence[Example], asked: Sequence[Example]) -> list[Any]:
-  """Words and pairs of words by TF-IDF: logistic regression on them; of numbers ridge; of documents, cosines."""
+  """Words and pairs of words by TF-IDF: logistic regression on them; of numbers ridge; of documents and of two answers,
+  cosines."""
   try:
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import LogisticRegression, Ridge
@@ -37,6 +38,11 @@ def _tfidf(task: Task, train: Sequence[Example], asked: Sequence[Example]) -> li
     raise JaxlmError('The baseline tfidf needs scikit-learn: pip install "jaxlm[measure]".') from e
   vectors = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, token_pattern=r'\w+|[^\w\s]')
   text = lambda e: f'{e.input}\n{e.second}' if e.second and task.kind != 'retrieve' else e.input
+  if task.kind == 'prefer':  # the answer that is more like its question
+    vectors.fit([text for e in train for text in (e.input, e.second)])
+    near = lambda answers: vectors.transform([e.input for e in asked]).multiply(vectors.transform(answers)).sum(1)
+    better = np.asarray(near([e.second for e in asked]) > near([e.choices[0] for e in asked]))
+    return better[:, 0].astype(int).tolist()
   if task.kind == 'retrieve':
     vectors.fit([e.second for e in train] + [e.input for e in train])
     cosine = vectors.transform([e.input for e in asked]) @ vectors.transform([e.second for e in asked]).T
@@ -56,7 +62,8 @@ def _copy(task: Task, train: Sequence[Example], asked: Sequence[Example]) -> lis
   return [e.input for e in asked]
 
 
-_FITS = {'majority': ('classify', 'regress', 'tag', 'span', 'choice'), 'tfidf': ('classify', 'regress', 'retrieve'),
+_FITS = {'majority': ('classify', 'regress', 'tag', 'span', 'choice'),
+         'tfidf': ('classify', 'regress', 'retrieve', 'prefer'),
          'lead': ('text',), 'copy': ('text',)}
 BASELINES: dict[str, Baseline] = {'majority': _majority, 'tfidf': _tfidf, 'lead': _lead, 'copy': _copy}
 

@@ -8,7 +8,7 @@ from typing import Callable, Iterator, NamedTuple, Sequence
 import numpy as np
 
 from jaxlm.errors import JaxlmError
-from jaxlm.measure.scores import Metric
+from jaxlm.measure.metric import Metric
 
 DRAWN_AT_ONCE = 1 << 20  # examples; 24 MB in the arrays of a block
 

@@ -3,10 +3,12 @@ from typing import Any, Sequence
 
 import numpy as np
 
-from jaxlm.data.examples import Encoded, Form, offsets
+from jaxlm.data.encoders import Form, offsets
+from jaxlm.data.examples import Encoded
 from jaxlm.data.tasks import KINDS, Example, Task
 from jaxlm.lookup import lookup
-from jaxlm.measure.scores import METRICS, Metric
+from jaxlm.measure.metric import Metric
+from jaxlm.measure.scores import METRICS
 
 LONGEST = 30  # tokens of an answer that is extracted
 
@@ -16,7 +18,8 @@ def metric_of(task: Task) -> Metric:
   return lookup(METRICS, task.metric or KINDS[task.kind].metric, 'measure')
 
 
-def of_scores(task: Task, examples: Sequence[Example], encoded: Encoded, form: Form, scores: np.ndarray) -> dict[str, float]:
+def of_scores(task: Task, examples: Sequence[Example], encoded: Encoded, form: Form,
+              scores: np.ndarray) -> dict[str, float]:
   """{name: number} of the task's measure.
 
   Args:
@@ -30,7 +33,7 @@ def references(task: Task, examples: Sequence[Example]) -> list[Any]:
   """What is right, as the task's measure takes it."""
   if task.kind == 'tag':
     return [[task.labels[tag] for tag in example.target] for example in examples]
-  if task.kind == 'span':
+  if task.kind == 'span' or task.kind == 'text' and 'answers' in task.fields:
     return [list(example.answers) for example in examples]
   return [example.target for example in examples]
 

@@ -110,8 +110,9 @@ def _write(layout: Layout, cache: LayerCache, k_BTKH: Array, v_BTKH: Array, toke
   last_B1 = jnp.where(tokens.segments > 0, slots_BT, -1).max(axis=1, keepdims=True)
   kept_BT = (tokens.segments > 0) & (slots_BT > last_B1 - slots)
   slot_BT = jnp.where(kept_BT, slots_BT % slots, slots)
-  # A row at a time: where rows are spread over devices, each writes its own; and a head at a time where heads are. Where
-  # they are not, XLA on a CPU writes in place only if the head is an index as the slot is: a quarter of a token's time.
+  # A row at a time: where rows are spread over devices, each writes its own; and a head at a time where heads are.
+  # Where they are not, XLA on a CPU writes in place only if the head is an index as the slot is: a quarter of a
+  # token's time.
   put = lambda old, new, slot_T: old.at[slot_T].set(new.astype(old.dtype), mode='drop')
   put_rows, heads = jax.vmap(put), jnp.arange(cache.k.shape[1])[:, None]
   put_heads = jax.vmap(jax.vmap(put, (0, 0, None)) if layout.parts('kv_heads') > 1 else

@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
-from jaxlm.models.kernels import (KEY_SIDE, MASKED, NO_WINDOW, QUERY_SIDE, Bias, Score, UnsupportedAttention, Visibility,
-                                  around, encounter, encounter_again, from_above, rows_of, settled, tokens_of, zeros_like)
+from jaxlm.models.kernels import (KEY_SIDE, MASKED, NO_WINDOW, QUERY_SIDE, Bias, Score, UnsupportedAttention,
+                                  Visibility, around, encounter, encounter_again, from_above, rows_of, settled,
+                                  tokens_of, zeros_like)
 from jaxlm.types import Array, Tree
 
 

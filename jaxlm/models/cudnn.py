@@ -30,7 +30,7 @@ def refuses(q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, softcap: float, bias: B
 def cudnn(q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, visibility: Visibility, *, scale: float, softcap: float = 0.0,
           bias: Bias | None = None, sink_N: Array | None = None, dropout: Callable[[Array], Array] | None = None,
           block: int = 512) -> Array:
-  """`dense` by cuDNN. Documents, windows and padding are a mask; where no query sees later columns they are skipped, too.
+  """`dense` by cuDNN. Documents, windows and padding are a mask; later columns that no query sees are skipped, too.
 
   Args: as `kernels.dense`; block is not read.
   Raises:

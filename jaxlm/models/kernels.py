@@ -280,7 +280,8 @@ def whole_backward(score, pieces, saved, grads):
                                        k_BKSH[:, :, keys], v_BKSH[:, :, keys])
     dq.append(tokens_of(dq_BKXH, q_BTNH.shape[2]))
     later = k_BSKH.shape[1] - keys.stop
-    others[1:] = [jnp.pad(dx_BKSH, ((0, 0), (0, 0), (0, later), (0, 0))) if later else dx_BKSH for dx_BKSH in others[1:]]
+    others[1:] = [jnp.pad(dx_BKSH, ((0, 0), (0, 0), (0, later), (0, 0))) if later else dx_BKSH
+                  for dx_BKSH in others[1:]]
     total = others if total is None else jax.tree.map(jnp.add, total, others)
   dparams, dk_BKSH, dv_BKSH = total
   tokens = lambda x_BKSH, like: tokens_of(x_BKSH, like.shape[2]).astype(like.dtype)

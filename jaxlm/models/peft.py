@@ -219,4 +219,6 @@ def merge(params: Tree, peft: PeftConfig, dtype: Any = jnp.float32) -> Tree:
 def _beside(scale: Array, kernel: Array, front: int, inward: bool) -> Array:
   """A scale of a kernel's inputs or outputs, as it multiplies the kernel; `front` dims of experts stand before both."""
   ones = (1,) * (kernel.ndim - scale.ndim)
-  return scale.reshape(*scale.shape, *ones) if inward else scale.reshape(*scale.shape[:front], *ones, *scale.shape[front:])
+  if inward:
+    return scale.reshape(*scale.shape, *ones)
+  return scale.reshape(*scale.shape[:front], *ones, *scale.shape[front:])

@@ -55,8 +55,8 @@ def _times(eight, dtype, x, matrix):
 
 
 def _rows(layout: Layout, x: Array) -> Array:
-  """[..., I] as [R, I]: of a product of matrices XLA on a CPU makes one call, where of two dims of rows it first turns x
-  round. As it is where devices have rows of their own: which dim they split is not known here."""
+  """[..., I] as [R, I]: of a product of matrices XLA on a CPU makes one call, where of two dims of rows it first turns
+  x round. As it is where devices have rows of their own: which dim they split is not known here."""
   split = any(layout.axes(logical) for logical in ('act_batch', 'act_length', 'act_stream'))
   return x if split else x.reshape(-1, x.shape[-1])
 

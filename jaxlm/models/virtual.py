@@ -1,8 +1,9 @@
 """Adaptation beside projections: bottlenecks after a branch, and virtual tokens, which stand for no text.
 
-Virtual tokens are tokens. Their ids follow the vocabulary's, and whoever makes rows puts them in front of every document;
-so packing, positions, masks, caches and every kernel treat them as they treat the others. A prompt gives them learned
-embeddings; a prefix gives them learned keys and values in every layer, whatever else would have been computed there.
+Virtual tokens are tokens. Their ids follow the vocabulary's, and whoever makes rows puts them in front of every
+document; so packing, positions, masks, caches and every kernel treat them as they treat the others. A prompt gives them
+learned embeddings; a prefix gives them learned keys and values in every layer, whatever else would have been computed
+there.
 """
 import flax.linen as nn
 import jax
@@ -116,6 +117,8 @@ class Prefix(nn.Module):
                                                                        (None, None, 'kv_heads', 'head_dim')),
                              (config.peft.tokens, 2, K, H), jnp.dtype(config.param_dtype)).astype(config.dtype)
     else:
-      both_P2KH = Dense(config, self.layout, (2, K, H), (None, None, 'kv_heads', 'head_dim'), name='key_value')(hidden_PX)
-    set_ = lambda old, new: jnp.where((numbers_BS >= 0)[..., None, None], _taken(new, numbers_BS).astype(old.dtype), old)
+      both = Dense(config, self.layout, (2, K, H), (None, None, 'kv_heads', 'head_dim'), name='key_value')
+      both_P2KH = both(hidden_PX)
+    here = (numbers_BS >= 0)[..., None, None]
+    set_ = lambda old, new: jnp.where(here, _taken(new, numbers_BS).astype(old.dtype), old)
     return set_(k_BSKH, both_P2KH[:, 0]), set_(v_BSKH, both_P2KH[:, 1])

@@ -296,7 +296,8 @@ def compiled_programs(rounds: int) -> Iterator[Line]:
     config = make()
     parts = assembled(config)
     model = parts.model.config
-    batch = {key: jax.ShapeDtypeStruct((config.batch_size, *shape), dtype) for key, (shape, dtype) in parts.batch.items()}
+    batch = {key: jax.ShapeDtypeStruct((config.batch_size, *shape), dtype)
+             for key, (shape, dtype) in parts.batch.items()}
     compiled = parts.step_fn.lower(parts.shapes.state, parts.shapes.frozen, batch).compile()
     program = hlo.Program(compiled.as_text(), parts.model.layout.mesh.shape)
     flops = sum(dot.flops * dot.times for dot in program.dots())

@@ -26,7 +26,8 @@ def _config(model: dict[str, Any], objective: str, vocab_size: int, seq_len: int
 def _llama(layers: int, width: int, hidden: int, heads: int, kv_heads: int) -> dict[str, Any]:
   shape = llama.SIZES['3-8b']
   return shape | dict(width=width, num_layers=layers, max_length=512, mlp=shape['mlp'] | dict(width=hidden),
-                      attention=shape['attention'] | dict(num_heads=heads, num_kv_heads=kv_heads, head_dim=width // heads))
+                      attention=shape['attention'] | dict(num_heads=heads, num_kv_heads=kv_heads,
+                                                          head_dim=width // heads))
 
 
 def _bert() -> dict[str, Any]:
@@ -46,8 +47,8 @@ SHAPES: dict[str, Callable[[], Any]] = {
 
 
 def _large(model: dict[str, Any], batch_size: int) -> Any:
-  config = _config(model | dict(max_length=2048, attention=model['attention'] | dict(kernel='auto')), 'causal', 32_000, 2048,
-                   batch_size)
+  config = _config(model | dict(max_length=2048, attention=model['attention'] | dict(kernel='auto')), 'causal', 32_000,
+                   2048, batch_size)
   config.precision.compute = 'bfloat16'
   return config
 

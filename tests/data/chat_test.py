@@ -288,8 +288,8 @@ def test_a_template_that_cannot_be_masked_is_refused_by_turn(why, words):
 
 
 def test_a_call_without_an_end_is_refused():
-  endless = templates.Template(HEAD + "{{ turn.tool_calls | tojson if turn.tool_calls else turn.content + '<|im_end|>' }}"
-                          + TAIL, '', '<|im_end|>')
+  said = "{{ turn.tool_calls | tojson if turn.tool_calls else turn.content + '<|im_end|>' }}"
+  endless = templates.Template(HEAD + said + TAIL, '', '<|im_end|>')
   assert chat.spans(endless, TALK)
   with pytest.raises(JaxlmError, match=r'messages\[1\] .* end with <.im_end.>'):
     chat.spans(endless, CALLING)
@@ -339,7 +339,8 @@ def test_a_fault_in_a_conversation_is_one_line(messages, fault, words):
 
 
 def test_good_conversations_have_no_faults():
-  assert templates.check(TALK) == templates.check(CALLING) == templates.check([turn('user'), turn('assistant'), turn('user')]) == []
+  for messages in (TALK, CALLING, [turn('user'), turn('assistant'), turn('user')]):
+    assert templates.check(messages) == []
 
 
 @pytest.mark.parametrize('name', ['llama2', 'mistral', 'gemma'])
@@ -419,9 +420,10 @@ def test_texts_prompts_and_ids_are_those_of_transformers(name, tokenizer):
 
 
 def test_tools_and_filters_render_as_in_transformers():
-  template = templates.Template(templates.TEMPLATES['chatml'].source + "{{ strftime_now('%Y') }}{{ tools | tojson(indent=1) }}"
-                           "{% for m in messages %}{% if loop.index > 1 %}{% break %}{% endif %}{{ m }}{% endfor %}\n\n"
-                           "    {% if true %}\n  <&é>{{ '<&é>' | tojson }}\n    {% endif %}\n", '', '')
+  template = templates.Template(
+      templates.TEMPLATES['chatml'].source + "{{ strftime_now('%Y') }}{{ tools | tojson(indent=1) }}"
+      "{% for m in messages %}{% if loop.index > 1 %}{% break %}{% endif %}{{ m }}{% endfor %}\n\n"
+      "    {% if true %}\n  <&é>{{ '<&é>' | tojson }}\n    {% endif %}\n", '', '')
   theirs = peer(byte_level(True), template)
   for tools in (None, TOOLS):
     assert template.render(CALLING, tools) == theirs.apply_chat_template(CALLING, tools=tools, tokenize=False)
@@ -435,5 +437,6 @@ def test_the_mask_of_marks_is_that_of_transformers(words):
 
 
 def test_a_mark_is_a_scope_as_in_transformers():
-  template = templates.Template('{% set x = 1 %}{% generation %}{% set x = 2 %}{{ x }}{% endgeneration %}{{ x }}', '', '')
+  source = '{% set x = 1 %}{% generation %}{% set x = 2 %}{{ x }}{% endgeneration %}{{ x }}'
+  template = templates.Template(source, '', '')
   assert template.render(TALK) == peer(byte_level(True), template).apply_chat_template(TALK, tokenize=False) == '21'

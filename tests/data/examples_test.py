@@ -6,7 +6,7 @@ import pytest
 
 from jaxlm import config as base
 from jaxlm import objectives
-from jaxlm.data import examples, tasks, tokenizers
+from jaxlm.data import encoders, examples, tasks, tokenizers
 from jaxlm.data.tasks import Example
 from jaxlm.errors import JaxlmError
 
@@ -15,11 +15,11 @@ BOS, EOS = BYTES.vocab.first, BYTES.vocab.last
 
 
 def form(length=32, **settings):
-  return examples.Form(BYTES, length, template=examples.template_of('chatml'), **settings)
+  return encoders.Form(BYTES, length, template=encoders.template_of('chatml'), **settings)
 
 
 def rows(kind, example, **settings):
-  return list(examples.ENCODERS[kind](form(**settings), example))
+  return list(encoders.ENCODERS[kind](form(**settings), example))
 
 
 def text(ids):
@@ -44,7 +44,8 @@ def test_a_long_question_loses_its_beginning_and_never_the_answer():
 
 
 def test_an_answer_that_does_not_fit_is_told():
-  with pytest.raises(JaxlmError, match=r'f.jsonl:7: the target has 41 tokens, the window has room for 15; make config.seq_len'):
+  told = r'f.jsonl:7: the target has 41 tokens, the window has room for 15; make config.seq_len'
+  with pytest.raises(JaxlmError, match=told):
     rows('text', Example('f.jsonl:7', 'a', target='x' * 40), length=16)
   with pytest.raises(JaxlmError, match='make config.objective.answer.target_length longer'):
     rows('text', Example('f.jsonl:7', 'a', target='x' * 40), length=16, target=8)
@@ -69,7 +70,8 @@ def test_words_have_their_tag_at_the_first_piece():
 def test_every_window_of_a_context_says_where_the_answer_is_and_some_window_has_it(length):
   context = ' '.join(f'w{i}' for i in range(20))
   start = context.index('w13')
-  found = rows('span', Example('x', 'q?', context, target=(start, start + 3), answers=('w13',)), length=length, stride=6)
+  example = Example('x', 'q?', context, target=(start, start + 3), answers=('w13',))
+  found = rows('span', example, length=length, stride=6)
   answers = []
   covered = set()
   for row in found:
@@ -191,9 +193,12 @@ def test_validation_holds_every_row_once_and_padding_counts_nothing(config):
 
 
 def test_another_number_of_labels_is_told(config, tmp_path):
-  config.objective.name, config.data.task = 'classify', 'module'
+  records, task = tmp_path / 'a.jsonl', tmp_path / 'mine.json'
+  records.write_text(''.join(json.dumps(dict(text=label, label=label)) + '\n' for label in ('no', 'yes')))
+  task.write_text(json.dumps(dict(kind='classify', files={'train': str(records)}, held_out=0)))
+  config.objective.name, config.data.task = 'classify', str(task)
   config.model.head.update(labels='sequence', num_labels=3)
-  with pytest.raises(JaxlmError, match=r"head.num_labels=3, but task 'module' has 20 labels; set it to 20"):
+  with pytest.raises(JaxlmError, match=r"head.num_labels=3, but task '.*mine.json' has 2 labels; set it to 2"):
     examples.prepare(config)
 
 
@@ -213,4 +218,17 @@ def test_what_does_not_fit_is_left_out_where_that_is_asked_for(config, capsys):
 
 def test_a_template_that_is_none_is_told(config):
   with pytest.raises(JaxlmError, match="config.data.template='nothing' is neither a built-in template"):
-    examples.template_of('nothing')
+    encoders.template_of('nothing')
+
+
+def test_the_first_examples_are_measured_whole():
+  asked = [Example(str(i), 'q?', 'x' * 40 * i, target=(-1, -1)) for i in range(1, 5)]  # windows: 2, 4, 6 and so on
+  whole = examples.encode(tasks.Task('span'), 'validation', form(), asked)
+  for tokens in (1, 100, 250, 10 ** 6):
+    part = examples.beginning(whole, tokens)
+    kept = part.record[-1] + 1
+    assert part.record.tolist() == [i for i in whole.record.tolist() if i < kept]
+    assert len(part.ids) <= max(tokens, whole.lengths[whole.record == 0].sum())
+    assert kept == 4 or part.lengths.sum() + whole.lengths[whole.record == kept].sum() > tokens
+    np.testing.assert_array_equal(part.lengths, whole.lengths[:len(part)])
+    np.testing.assert_array_equal(part.labels, whole.labels[:len(part)])

@@ -5,12 +5,12 @@ import numpy as np
 import pytest
 from corpora import corpus
 
-from jaxlm import objectives
+from jaxlm import fits, objectives
 from jaxlm.data import pipeline, plans, store
 from jaxlm.errors import JaxlmError
 
-TEXT = [name for name in objectives.FITS if name not in objectives.ANSWERS]  # what learns raw text, not a task
-PAIRS = [(name, kind) for name in TEXT for kind in objectives.FITS[name]]
+TEXT = [name for name in fits.FITS if name not in fits.ANSWERS]  # what learns raw text, not a task
+PAIRS = [(name, kind) for name in TEXT for kind in fits.FITS[name]]
 ALL = pytest.mark.parametrize('name, kind', PAIRS)
 
 

@@ -2,8 +2,8 @@
 import pytest
 
 from jaxlm.errors import JaxlmError
-from jaxlm.families import (deepseek_v3, gemma, gemma2, gemma3, llama, llamas, mistral, mixtral, qwen2, qwen2_moe, qwen3,
-                            qwen3_moe)
+from jaxlm.families import (deepseek_v3, gemma, gemma2, gemma3, llama, llamas, mistral, mixtral, qwen2, qwen2_moe,
+                            qwen3, qwen3_moe)
 
 CONFIGS = {mistral: 'Mistral', mixtral: 'Mixtral', qwen2: 'Qwen2', qwen2_moe: 'Qwen2Moe', qwen3: 'Qwen3',
            qwen3_moe: 'Qwen3Moe', gemma: 'Gemma', gemma2: 'Gemma2', gemma3: 'Gemma3Text', deepseek_v3: 'DeepseekV3'}

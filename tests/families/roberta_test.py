@@ -2,8 +2,7 @@
 import pytest
 
 import parity
-from jaxlm import config as base
-from jaxlm import objectives
+from jaxlm import fits, config as base
 from jaxlm.families import roberta
 
 transformers = pytest.importorskip('transformers')
@@ -40,6 +39,6 @@ def test_two_texts_are_refused_by_a_table_of_one_token_type(objective):
   config = base.default()
   config.model.update(roberta.SIZES['base'] | dict(head=dict(labels='sequence')))
   config.objective.name = objective
-  assert 'embedding.token_types to be 0, or at least 2; it is 1' in objectives.mismatch(config)
+  assert 'embedding.token_types to be 0, or at least 2; it is 1' in fits.mismatch(config)
   config.model.embedding.token_types = 2
-  assert objectives.mismatch(config) is None
+  assert fits.mismatch(config) is None

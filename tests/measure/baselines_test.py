@@ -11,7 +11,8 @@ def test_the_commonest_answer_is_said():
   assert baselines.answers('majority', Task('classify', labels=('x', 'y')), train, train) == [1, 1, 1]
   spans = [Example('', answers=('None',)), Example('', answers=('1',)), Example('', answers=('None',))]
   assert baselines.answers('majority', Task('span'), spans, spans[:1]) == ['None']
-  assert baselines.answers('majority', Task('regress'), [Example('', target=1.0), Example('', target=2.0)], train) == [1.5] * 3
+  numbers = [Example('', target=1.0), Example('', target=2.0)]
+  assert baselines.answers('majority', Task('regress'), numbers, train) == [1.5] * 3
 
 
 def test_each_word_has_its_commonest_tag_and_a_new_one_that_of_all():
@@ -36,7 +37,8 @@ def test_words_tell_classes_and_documents():
 
 
 def test_a_baseline_that_does_not_fit_is_told():
-  with pytest.raises(JaxlmError, match="The baseline 'lead' says nothing to a task of kind 'classify'; take majority or tfidf"):
+  told = "The baseline 'lead' says nothing to a task of kind 'classify'; take majority or tfidf"
+  with pytest.raises(JaxlmError, match=told):
     baselines.answers('lead', Task('classify'), [], [])
   with pytest.raises(JaxlmError, match="Unknown baseline 'best'"):
     baselines.answers('best', Task('classify'), [], [])

@@ -8,7 +8,8 @@ import pytest
 
 from jaxlm.errors import JaxlmError
 from jaxlm.measure.intervals import bootstrap, paired, sign_test
-from jaxlm.measure.scores import METRICS, Metric
+from jaxlm.measure.metric import Metric
+from jaxlm.measure.scores import METRICS
 
 MEAN = Metric('mean', lambda prediction, _: (prediction, 1), lambda sums: {'mean': sums[0] / sums[1]})
 

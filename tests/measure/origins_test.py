@@ -1,45 +1,27 @@
 """Planted documents are found, named by their file, and chance is not taken for memory."""
 import json
-import random
 
 import numpy as np
 import pytest
+from planted import HEADER, LEAKED, PLANTED, TEXTS, UNIQUE, plant, words
 
 from jaxlm import config as configs
 from jaxlm.data import store, suffixes
 from jaxlm.errors import JaxlmError
 from jaxlm.measure import origins
 
-WORDS = [''.join(random.Random(i).choices('abcdefghijklmnopqrstuvwxyz', k=random.Random(-i).randint(3, 9)))
-         for i in range(300)]
 PREFIX, LENGTH = 30, 30  # bytes
-HEADER = 'printed for the society by its own press, all rights are kept by them. '
-
-
-def _words(seed, count=40):
-  return ' '.join(random.Random(seed).choices(WORDS, k=count))
-
-
-PLANTED, UNIQUE, LEAKED = _words('fifty'), _words('unique'), _words('leaked')
 
 
 @pytest.fixture(scope='module')
 def index(tmp_path_factory):
   """An index of files of plain documents; in planted.jsonl one document 50 times, in others one that is there once."""
   folder = tmp_path_factory.mktemp('origins')
-  files = {
-      'plain.jsonl': [_words(i) for i in range(30)],
-      'planted.jsonl': [PLANTED] * 50,
-      'unique.jsonl': [UNIQUE],
-      'headers.jsonl': [_words(f'header {i}', 8) + ' ' + HEADER for i in range(9)],
-      'leaked.jsonl': [_words('before') + ' ' + LEAKED + ' ' + _words('after')]}
-  for name, texts in files.items():
-    (folder / name).write_text(''.join(json.dumps(dict(text=text)) + '\n' for text in texts))
   config = configs.default()
-  config.data.update(source='jsonl', paths=str(folder / '*.jsonl'), store=str(folder / 'stores'), holdout=0.11)
+  plant(folder, config)
   (s,), _ = store.prepare(config)
   heldout = {bytes(s.read(d)[1:-1].astype(np.uint8)).decode() for d in s.heldout}
-  assert len(heldout) > 2 and not heldout & {PLANTED, UNIQUE, *files['leaked.jsonl']}
+  assert len(heldout) > 2 and not heldout & {PLANTED, UNIQUE, *TEXTS['leaked']}
   return suffixes.index(s)
 
 
@@ -225,7 +207,7 @@ def contaminated(index, texts, **more):
 
 
 def test_a_leaked_example_is_found_and_named_and_clean_ones_are_not(index):
-  clean = [_words(f'test {i}') for i in range(20)]
+  clean = [words(f'test {i}') for i in range(20)]
   result = contaminated(index, [*clean, LEAKED])
   assert (result['flagged'], result['clean'], result['undecided'], result['any']) == (1, 20, 0, 1)
   row = result['rows'][-1]

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from jaxlm.errors import JaxlmError
-from jaxlm.measure import scores
+from jaxlm.measure import candidates, labels, texts
 from jaxlm.measure.scores import METRICS
 
 NEEDS = {'bleu': 'sacrebleu', 'chrf': 'sacrebleu', 'chrf++': 'sacrebleu', 'rouge': 'rouge_score'}
@@ -218,7 +218,7 @@ def test_bleu_and_chrf_are_exactly_those_of_sacrebleu():
   plus = sacrebleu.corpus_chrf(predictions, streams, word_order=2).score
   assert METRICS['chrf++'](predictions, references)['chrf++'] == plus
   by_char = sacrebleu.corpus_bleu(predictions, streams, tokenize='char').score
-  assert scores.bleu('char')(predictions, references)['bleu'] == by_char
+  assert texts.bleu('char')(predictions, references)['bleu'] == by_char
 
 
 def test_bleu_by_hand():
@@ -231,7 +231,7 @@ def test_bleu_by_hand():
 def test_a_tokenizer_that_is_not_here_is_one_line():
   pytest.importorskip('sacrebleu')
   with pytest.raises(JaxlmError, match="sacrebleu has no BLEU with .*'klingon'") as e:
-    scores.bleu('klingon')(['a'], ['a'])
+    texts.bleu('klingon')(['a'], ['a'])
   assert '\n' not in str(e.value)
 
 
@@ -242,7 +242,7 @@ def test_rouge_is_the_mean_of_rouge_scores(stem):
   scorer = rouge_scorer.RougeScorer(['rouge1', 'rouge2', 'rougeL'], use_stemmer=stem)
   each = [scorer.score_multi(golds, text) for text, golds in zip(predictions, references)]
   want = {name: np.mean([score[name].fmeasure for score in each]) for name in each[0]}
-  assert scores.rouge(stem)(predictions, references) == pytest.approx(want)
+  assert texts.rouge(stem)(predictions, references) == pytest.approx(want)
 
 
 def test_rouge_by_hand():
@@ -254,7 +254,7 @@ def test_rouge_by_hand():
 @pytest.mark.parametrize('name', NEEDS)
 def test_a_missing_package_is_named_with_its_extra(monkeypatch, name):
   monkeypatch.setitem(sys.modules, NEEDS[name], None)
-  metric = scores.rouge() if name == 'rouge' else scores._sacrebleu(name, 'BLEU')
+  metric = texts.rouge() if name == 'rouge' else texts._sacrebleu(name, 'BLEU')
   with pytest.raises(JaxlmError, match=r'pip install "jaxlm\[measure\]"'):
     metric(['a'], ['a'])
 
@@ -271,7 +271,7 @@ def test_a_missing_package_is_named_with_its_extra(monkeypatch, name):
     ('O O', set()), ('B-a-b I-a-b', {('a-b', 0, 1)}),
 ])
 def test_entities_of_tags(tags, want):
-  assert scores.entities(tags.split()) == want
+  assert labels.entities(tags.split()) == want
 
 
 @pytest.mark.parametrize('tags', [['B-X', 'I-X', 'B-Y', 'I-Y', 'O'], TAGS])
@@ -294,10 +294,10 @@ def test_entity_f1_by_hand():
 
 
 def test_ranking_by_hand():
-  found = scores.ranking(3)([['b', 'a', 'x', 'c']], [{'a': 3, 'c': 1, 'd': 0}])
+  found = candidates.ranking(3)([['b', 'a', 'x', 'c']], [{'a': 3, 'c': 1, 'd': 0}])
   dcg, ideal = 3 / math.log2(3), 3 + 1 / math.log2(3)
   assert found == pytest.approx({'ndcg@3': dcg / ideal, 'recall@3': 1 / 2, 'mrr': 1 / 2})
-  assert scores.ranking(1)([['x']], [['a']]) == {'ndcg@1': 0, 'recall@1': 0, 'mrr': 0}
+  assert candidates.ranking(1)([['x']], [['a']]) == {'ndcg@1': 0, 'recall@1': 0, 'mrr': 0}
 
 
 def test_ndcg_is_that_of_scikit_learn():
@@ -330,7 +330,7 @@ def test_v_measure_by_hand():
 def test_pass_at_k_is_the_share_of_subsets_that_hold_one_that_passes(passed):
   for k in range(1, len(passed) + 1):
     want = np.mean([any(subset) for subset in itertools.combinations(passed, k)])
-    assert scores.pass_at(k)([passed])[f'pass@{k}'] == pytest.approx(want)
+    assert candidates.pass_at(k)([passed])[f'pass@{k}'] == pytest.approx(want)
 
 
 # ---- bad inputs --------------------------------------------------------------------------------------------------

@@ -88,7 +88,8 @@ def test_prompts_padded_on_the_left_decode_the_same(model_of, params_of):
 def test_a_windowed_layer_caches_its_window_alone(model_of):
   config = model_of(attention=_attention(windows=(0, 4), num_kv_heads=2)).config
   caches = init_cache(config, 3, 100)
-  assert [(c.mixer.k.size, c.mixer.tokens.order.shape) for c in caches] == [(3 * 100 * 2 * 8, (3, 100)), (3 * 4 * 2 * 8, (3, 4))]
+  sizes = [(c.mixer.k.size, c.mixer.tokens.order.shape) for c in caches]
+  assert sizes == [(3 * 100 * 2 * 8, (3, 100)), (3 * 4 * 2 * 8, (3, 4))]
 
 
 def test_a_scanned_stack_writes_the_same_cache(model_of, params_of):
@@ -110,7 +111,8 @@ def test_a_ring_keeps_the_last_tokens_and_drops_padding(model_of):
   positions = jnp.broadcast_to(jnp.arange(T), (2, T))
   segments = jnp.array([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0]])
   values = positions[..., None, None].astype(jnp.float32) + 10
-  cache = _write(model.layout, empty, values, -values, Tokens(positions + 1, segments, positions, 0 * positions), positions)
+  tokens = Tokens(positions + 1, segments, positions, 0 * positions)
+  cache = _write(model.layout, empty, values, -values, tokens, positions)
   np.testing.assert_array_equal(cache.tokens.positions, [[3, 4, 2], [0, 1, 0]])
   np.testing.assert_array_equal(cache.tokens.segments, [[1, 1, 1], [1, 1, 0]])
   np.testing.assert_array_equal(cache.k.reshape(2, slots), [[13, 14, 12], [10, 11, 0]])

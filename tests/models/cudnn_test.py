@@ -14,8 +14,8 @@ COLUMNS = np.arange(T, dtype=np.int32)
 def visibility(segments=(1,) * T, window=None, mode='causal', in_order=True):
   segments_BT = np.broadcast_to(np.asarray(segments, np.int32), (B, T))
   positions_BT = np.broadcast_to(COLUMNS, (B, T))
-  return Visibility(positions_BT + 1, positions_BT + 1, segments_BT, segments_BT, positions_BT, positions_BT, window, mode,
-                    in_order)
+  return Visibility(positions_BT + 1, positions_BT + 1, segments_BT, segments_BT, positions_BT, positions_BT, window,
+                    mode, in_order)
 
 
 def arrays(dtype=np.float32):
@@ -24,7 +24,8 @@ def arrays(dtype=np.float32):
 
 
 @pytest.mark.parametrize('given', [
-    visibility(), visibility([1] * 5 + [2] * 8 + [0] * 3), visibility(window=4), visibility(mode='full', in_order=False),
+    visibility(), visibility([1] * 5 + [2] * 8 + [0] * 3), visibility(window=4),
+    visibility(mode='full', in_order=False),
     visibility([1] * 10 + [0] * 6, mode='full', in_order=False)])
 def test_it_sees_what_dense_sees_and_nothing_gives_zeros(given, monkeypatch):
   monkeypatch.setattr(cudnn, 'IMPLEMENTATION', 'xla')
@@ -38,7 +39,8 @@ def test_it_sees_what_dense_sees_and_nothing_gives_zeros(given, monkeypatch):
 
 
 @pytest.mark.parametrize('changes, told', [
-    (dict(softcap=30.0), 'has no softcap, sink, bias or dropout of probabilities; set config.model.attention.kernel=blockwise'),
+    (dict(softcap=30.0),
+     'has no softcap, sink, bias or dropout of probabilities; set config.model.attention.kernel=blockwise'),
     (dict(sink_N=jnp.zeros(N)), 'has no softcap'),
     (dict(dropout=lambda x: x), 'has no softcap'),
     (dict(bias=Bias(lambda params, q, k: 0.0)), 'has no softcap'),

@@ -147,7 +147,8 @@ def test_gradients_equal_those_of_all_experts_at_once(mixture_of):
 
   ones_BT = jnp.ones(x_BTD.shape[:2], jnp.int32)
   sparse = lambda params, x_BTD: layer.apply({'params': params}, x_BTD, ones_BT)[0]
-  got, want = (jax.jit(jax.grad(lambda p, x: (f(p, x) * mix_BTD).sum(), (0, 1)))(params, x_BTD) for f in (sparse, dense))
+  got, want = (jax.jit(jax.grad(lambda p, x: (f(p, x) * mix_BTD).sum(), (0, 1)))(params, x_BTD)
+               for f in (sparse, dense))
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=ATOL * max(1, np.abs(b).max())), got, want)
   assert not got[0]['router']['bias'].any()  # it chooses, and is not learned
 

@@ -168,8 +168,8 @@ def test_decoding_token_by_token_computes_what_a_forward_pass_does(structure, me
 
 
 def test_places_are_named_alike_in_every_layer():
-  for path in ('stack/period/slot_0/attention/query', 'stack/layer_3/attention/query', 'stack/prefix_0/attention/query'):
-    assert peft.site(path.split('/')) == 'attention/query'
+  for layer in ('period/slot_0', 'layer_3', 'prefix_0'):
+    assert peft.site(f'stack/{layer}/attention/query'.split('/')) == 'attention/query'
   assert peft.site('encoder/stack/suffix_1/mlp/up'.split('/')) == 'encoder/mlp/up'
   ranks = PeftConfig(method='lora', sites=(('attention/query', 2), ('attention/.*', True), ('.*', False)), rank=5)
   for place, rank in (('attention/query', 2), ('attention/out', 5), ('mlp/up', 0)):

@@ -80,7 +80,7 @@ def assert_same(got, want, within=0.0):
 
 @pytest.fixture(scope='session')
 def pair(model_of, params_of):
-  """(structure, base, more of peft) -> (plain model, its weights as codes give them back, adapted model, parameters)."""
+  """(structure, base, more of peft) -> (plain model, its weights as codes give them, adapted model, parameters)."""
   def make(structure, kept, **given):
     plain = model_of(**STRUCTURES[structure])
     model = adapted(plain, kept, **given)

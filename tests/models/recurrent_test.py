@@ -161,7 +161,8 @@ def test_packed_documents_have_the_outputs_of_each_alone(mixer, visibility, recu
                           ids((1, 4), (0, 8)), ids((1, 2), (0, 2), (1, 3), (2, 4), (0, 1))])
   # What stands in padding must not matter.
   x_BTD = np.where(segments_BT[..., None] > 0, x_BTD, 1e3).astype(np.float32)
-  both, swapped, first, second, holes = jax.jit(functools.partial(_run, layer))(params, x_BTD, jnp.asarray(segments_BT))[0]
+  run = jax.jit(functools.partial(_run, layer))
+  both, swapped, first, second, holes = run(params, x_BTD, jnp.asarray(segments_BT))[0]
   for got in (both[:5], swapped[4:9], np.delete(holes, [2, 3], 0)[:5]):
     np.testing.assert_allclose(got, first[:5], atol=ATOL)
   for got in (both[5:9], swapped[:4], holes[7:11]):

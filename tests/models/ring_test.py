@@ -134,6 +134,7 @@ def test_dropped_probabilities_are_refused_where_lengths_are_split():
 
 def test_lengths_that_do_not_divide_say_what_to_set():
   q, k, v_, _, _ = (x[:, :30] if x.ndim > 1 else x for x in drawn(4))
-  with pytest.raises(JaxlmError, match=r'dim 1 \(act_length=30\) does not divide by mesh axis seq=8; set config.seq_len'):
+  told = r'dim 1 \(act_length=30\) does not divide by mesh axis seq=8; set config.seq_len'
+  with pytest.raises(JaxlmError, match=told):
     ring.attend(layout_of(seq=8), 'ring', q, k, v_, see('causal', turn=lambda x: x[:, :30]), scale=1.0, softcap=0.0,
                 bias=None, sink_N=None, dropout=None, block=4)

@@ -1,0 +1,19 @@
+"""A model of a quarter of the parameters that learns from what a larger one says of each token: eval loss not measured yet.
+
+  python -m jaxlm.main --config=experiments/distil.py:teacher=runs/decoder
+  python -m jaxlm.main --config=experiments/distil.py                       # the same without a teacher, to compare with
+"""
+import pathlib
+
+from jaxlm import config as base
+
+SMALL = str(pathlib.Path(__file__).with_name('small.py'))
+
+
+def get_config(arg=None):
+  arg = base.parse_arg(arg, teacher='', smoke=False)
+  config = base.experiment(SMALL, 'smoke' if arg.smoke else None)
+  config.loss.teacher.update(path=arg.teacher, weight=0.7, top_k=64)
+  config.model.update(width=128, num_layers=3)
+  config.model.attention.update(num_heads=2, num_kv_heads=2)
+  return config

@@ -1,0 +1,28 @@
+"""Three small models of code, which experiments of tasks start from; they never saw files that the tasks hold out.
+
+  python -m jaxlm.main --config=experiments/small.py:structure=decoder --workdir=runs/decoder
+  python -m jaxlm.main --config=experiments/small.py:structure=encoder --workdir=runs/encoder
+  python -m jaxlm.main --config=experiments/small.py:structure=encoder_decoder --workdir=runs/t5
+"""
+from jaxlm import config as base
+
+OBJECTIVES = dict(decoder='causal', encoder='masked', encoder_decoder='span')
+
+
+def get_config(arg=None):
+  arg = base.parse_arg(arg, structure=base.one_of('decoder', OBJECTIVES), smoke=False)
+  config = base.default()
+  config.update(steps=800, batch_size=16, seq_len=256, eval_every=250, save_every=250)
+  config.objective.name = OBJECTIVES[arg.structure]
+  config.objective.masked.rate = 0.3  # Wettig et al. 2023, arXiv:2202.08005
+  config.objective.span.update(rate=0.3, mean=4.0)
+  config.model.update(structure=arg.structure, width=256, num_layers=4)
+  config.model.attention.update(num_heads=4, bias=False, out_bias=False, qk_norm='head')
+  config.model.mlp.update(activation='relu2', bias=False)
+  config.model.norm.kind = 'rmsnorm'
+  config.model.positions.kind = 'rope'
+  config.data.update(paths='train', tokenizer='bpe', vocab_size=4096, holdout=0.02, bos=arg.structure == 'decoder')
+  config.optim.update(name='muon', lr=0.02, lr_rules=(('.*(embedding|scale|bias)', 0.15), ('.*', 1.0)),
+                      schedule='linear', warmup_steps=50, final_fraction=0.0)
+  config.eval.prompts = ()
+  return base.smoke(config) if arg.smoke else config

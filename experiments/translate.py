@@ -1,0 +1,16 @@
+"""Statements of Python, translated into a Lisp: BLEU and chrF not measured yet; the baseline is the statement itself.
+
+  python -m jaxlm.main --config=experiments/translate.py:start=runs/t5
+  python -m jaxlm.main --config=experiments/translate.py:start=runs/decoder,structure=decoder
+  python -m jaxlm.main --config=experiments/translate.py:start=runs/t5,task=german.json
+"""
+from jaxlm import config as base
+
+
+def get_config(arg=None):
+  arg = base.parse_arg(arg, start='', task='lisp', smoke=False,
+                       structure=base.one_of('encoder_decoder', ('decoder', 'encoder_decoder')))
+  config = base.tune(base.default(), arg.task, 'answer', arg.start)
+  config.model.update(structure=arg.structure)
+  config.objective.answer.target_length = 128
+  return base.smoke(config, seq_len=128) if arg.smoke else config
