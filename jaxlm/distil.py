@@ -56,8 +56,8 @@ def _check(settings: Any, lm: loading.LM, student: Transformer, objective: Any, 
   """Raises JaxlmError where a model cannot teach another."""
   ours, theirs, at = student.config, lm.model.config, f'config.loss.teacher.path: {settings.path}'
   if theirs.structure != ours.structure:
-    raise JaxlmError(f'{at} is of structure {theirs.structure!r}, this model of {ours.structure!r}; take a teacher of the '
-                     'same.')
+    raise JaxlmError(f'{at} is of structure {theirs.structure!r}, this model of {ours.structure!r}; take a teacher of '
+                     'the same.')
   same = theirs.vocab_size == ours.vocab_size and (lm.tokenizer is None or lm.tokenizer.digest == tokenizer.digest)
   if not same:
     raise JaxlmError(f'{at} has another tokenizer ({theirs.vocab_size} tokens there, {ours.vocab_size} here); set '
@@ -75,5 +75,5 @@ def _check(settings: Any, lm: loading.LM, student: Transformer, objective: Any, 
   elif not theirs.head.lm:
     raise JaxlmError(f'{at} predicts no tokens; take a teacher with a language model head.')
   elif settings.top_k >= ours.vocab_size:
-    raise JaxlmError(f'config.loss.teacher.top_k={settings.top_k} of {ours.vocab_size} tokens; set it lower, or to 0 for '
-                     'all.')
+    raise JaxlmError(f'config.loss.teacher.top_k={settings.top_k} of {ours.vocab_size} tokens; set it lower, or to 0 '
+                     'for all.')

@@ -205,8 +205,8 @@ CASES = (
          ("config.precision.compute must be text, one of 'float32', 'bfloat16', 'float16'; got 'float8' (str).",)),
     Case('an unknown objective', '--config=tiny.py --config.objective.name=casual',
          ("config.objective.name: Unknown objective 'casual'. Known: answer, causal, classify, contrast, "
-          'denoising, extract, fim, grpo, infilling, masked, multi_label, multi_token, next_sentence, '
-          'permutation, prefer, prefix, regress, replaced, reward, sentence_order, span, tag, translation, ul2;'
+          'denoising, extract, fim, grpo, infilling, kto, masked, multi_label, multi_token, next_sentence, '
+          'permutation, ppo, prefer, prefix, regress, replaced, reward, sentence_order, span, tag, translation, ul2;'
           ' or pass "module:attribute". Did you mean \'causal\'?',)),
     Case('an unknown optimizer', '--config=tiny.py --config.optim.name=adam',
          ("config.optim.name: Unknown optimizer 'adam'. Known: adafactor, adagrad, adamw, lamb, lars, lion, muon, "
