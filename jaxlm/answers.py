@@ -72,7 +72,7 @@ def preferred(item: Item, rng) -> Example:
   return answered(item, rng) | dict(label_weights=(item['segment_ids'] > 0).any(-1).astype(np.float32))
 
 
-def judged(item: Item, rng) -> Example:
+def single(item: Item, rng) -> Example:
   """A good or a bad answer to a question, and one that answers another, as two texts of the row."""
   return preferred(item, rng) | dict(labels=item['labels'])
 
@@ -84,7 +84,7 @@ def written(item: Item, rng, kept: bool) -> Example:
   return read | (dict(old_log_probs=np.zeros_like(read['loss_weights'])) if kept else {})
 
 
-def appraised(item: Item, rng) -> Example:
+def valued(item: Item, rng) -> Example:
   """The same; what each token was worth, and what was thought of it, is filled in, too."""
   read = answered(item, rng)
   return read | {key: np.zeros_like(read['loss_weights']) for key in ('old_log_probs', 'old_values', 'advantages', 'returns')}

@@ -263,6 +263,9 @@ def _rollouts(config: ConfigDict) -> Iterator[str]:
   if config.model.peft.method in ('prompt', 'prefix'):
     yield (f"config.model.peft.method={config.model.peft.method!r}: objective {name!r} writes its texts without virtual "
            "tokens; take 'lora' or another method.")
+  if name == 'ppo' and config.mesh.seq != 1:
+    yield (f'config.mesh.seq={config.mesh.seq}: what a token is worth is counted along its row; set the axis to 1, or take '
+           "objective 'grpo'.")
   if own.max_new_tokens >= config.seq_len:
     yield (f'{at}.max_new_tokens={own.max_new_tokens} leaves no room for a question in config.seq_len='
            f'{config.seq_len} columns; lower it, or make rows longer.')
@@ -298,6 +301,3 @@ def _data(config: ConfigDict) -> Iterator[str]:
   firsts = [first for first, _ in data.phases]
   if firsts != sorted(set(firsts)):
     yield f'config.data.phases: first examples must rise; got {tuple(firsts)}.'
-  if name == 'ppo' and config.mesh.seq != 1:
-    yield (f'config.mesh.seq={config.mesh.seq}: what a token is worth is counted along its row; set the axis to 1, or take '
-           "objective 'grpo'.")

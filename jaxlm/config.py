@@ -447,10 +447,13 @@ def lengthen(config: ConfigDict, seq_len: int, scaling: str = 'yarn') -> ConfigD
   Source: Peng et al. 2023, YaRN, arXiv:2309.00071; Chen et al. 2023, arXiv:2306.15595, for 'linear'.
   """
   positions = config.model.positions
-  known = positions.rope.original_length
-  if positions.kind != 'rope' or seq_len <= known:
-    raise JaxlmError(f'A model of positions {positions.kind!r}, trained at {known} tokens, cannot be lengthened to {seq_len}; '
+  known, reach = positions.rope.original_length, round(positions.rope.original_length * positions.rope.factor)
+  if positions.kind != 'rope' or seq_len <= reach:
+    raise JaxlmError(f'A model of positions {positions.kind!r} that reads {reach} tokens cannot be lengthened to {seq_len}; '
                      'it takes rotary positions, and more tokens than those.')
+  if positions.rope.scaling not in ('none', scaling):
+    raise JaxlmError(f'Rotary positions that are scaled by {positions.rope.scaling!r} cannot go on by {scaling!r}; give '
+                     'scaling the first.')
   config.update(seq_len=seq_len)
   positions.rope.update(scaling=scaling, factor=seq_len / known, original_length=known)
   config.model.max_length = max(config.model.max_length, seq_len)

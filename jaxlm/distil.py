@@ -1,11 +1,13 @@
 """A teacher: another model that says of each target of a batch what it might be."""
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, Sequence
 
 import jax
+import jax.numpy as jnp
 
 from jaxlm import loading, losses, sharding
+from jaxlm.data import tasks
 from jaxlm.errors import JaxlmError
 from jaxlm.models.transformer import Transformer
 from jaxlm.types import Array
@@ -14,38 +16,60 @@ from jaxlm.types import Array
 class Teacher:
   """Adds what a frozen model says to batches: a loss stays a function of the batch, and no state has a teacher in it.
 
-  The model is any that can be loaded: another size, a delta over its base, an average, a folder of Hugging Face's.
+  The model is any that can be loaded: another size, a delta over its base, an average, a folder of Hugging Face's. It
+  reads a batch in as many pieces as training does.
 
   Args:
-    config: of the student; `loss` is read.
+    config: of the student; `loss` and `accumulation` are read.
     student: on whose mesh the teacher lies.
     objective: of the student, who sees whom.
     tokenizer: the student's.
+    labels: the student's, of classes or tags; (): none.
   Raises:
     JaxlmError: a teacher of another vocabulary, structure or other labels.
   Source: Hinton, Vinyals and Dean 2015, Distilling the Knowledge in a Neural Network, arXiv:1503.02531.
   """
 
-  def __init__(self, config: Any, student: Transformer, objective: Any, tokenizer: Any):
-    settings, mesh = config.loss.teacher, student.layout.mesh
-    lm = loading.load(settings.path, mesh=mesh)
+  def __init__(self, config: Any, student: Transformer, objective: Any, tokenizer: Any, labels: Sequence[str] = ()):
+    settings = config.loss.teacher
+    try:
+      lm = loading.load(settings.path, mesh=student.layout.mesh, step=settings.step)
+    except JaxlmError as e:
+      raise JaxlmError(f'config.loss.teacher.path: {settings.path} cannot teach here: {e}') from e
     _check(settings, lm, student, objective, tokenizer, config.seq_len)
     model = lm.model.clone(config=dataclasses.replace(lm.model.config, visibility=objective.visibility))
-    say = _scores if objective.loss == 'labels' else functools.partial(
-        _words, vocabulary=losses.vocabulary_of(model, config.loss), top_k=settings.top_k)
+    if objective.loss == 'labels':
+      _check_labels(settings, config.data.task, lm, labels)
+      say = _scores
+    else:
+      say = functools.partial(_words, vocabulary=losses.vocabulary_of(model, config.loss), top_k=settings.top_k,
+                              width=student.config.padded_vocab)
     self._params = lm.params
-    self._step = jax.jit(functools.partial(say, model), compiler_options=sharding.compiler_options(
-        student.layout.platform, config.compiler_options))
+    self._step = jax.jit(functools.partial(_by_pieces, functools.partial(say, model), config.accumulation),
+                         compiler_options=sharding.compiler_options(student.layout.platform, config.compiler_options))
 
   def taught(self, batch: dict[str, Array]) -> dict[str, Array]:
     """The batch, placed on the mesh, with `teacher_log_probs` and `teacher_ids`, or `teacher_scores`."""
     return batch | self._step(self._params, batch)
 
 
-def _words(model: Transformer, params: Any, batch: dict[str, Array], vocabulary: losses.Vocabulary,
-           top_k: int) -> dict[str, Array]:
+def _by_pieces(say: Any, pieces: int, params: Any, batch: dict[str, Array]) -> dict[str, Array]:
+  """What is said of every piece's rows; the rows of a piece are spread over the batch, as devices are."""
+  if pieces == 1:
+    return say(params, batch)
+  cut = lambda x: jnp.swapaxes(x.reshape(-1, pieces, *x.shape[1:]), 0, 1)
+  join = lambda x: jnp.swapaxes(x, 0, 1).reshape(-1, *x.shape[2:])
+  return jax.tree.map(join, jax.lax.map(functools.partial(say, params), jax.tree.map(cut, batch)))
+
+
+def _words(model: Transformer, params: Any, batch: dict[str, Array], vocabulary: losses.Vocabulary, top_k: int,
+           width: int) -> dict[str, Array]:
   features_BTE = model.apply({'params': params}, batch, with_logits=False).features
-  return losses.opinion(vocabulary, features_BTE, *model.apply({'params': params}, method='unembedding'), top_k)
+  said = losses.opinion(vocabulary, features_BTE, *model.apply({'params': params}, method='unembedding'), top_k)
+  if not top_k and width != model.config.padded_vocab:  # columns beyond the vocabulary, which nobody counts
+    beyond = [(0, 0), (0, 0), (0, max(0, width - model.config.padded_vocab))]
+    said = {key: jnp.pad(x[..., :width], beyond, constant_values=-jnp.inf) for key, x in said.items()}
+  return said
 
 
 def _scores(model: Transformer, params: Any, batch: dict[str, Array]) -> dict[str, Array]:
@@ -77,3 +101,12 @@ def _check(settings: Any, lm: loading.LM, student: Transformer, objective: Any, 
   elif settings.top_k >= ours.vocab_size:
     raise JaxlmError(f'config.loss.teacher.top_k={settings.top_k} of {ours.vocab_size} tokens; set it lower, or to 0 '
                      'for all.')
+
+
+def _check_labels(settings: Any, task: str, lm: loading.LM, labels: Sequence[str]) -> None:
+  """Raises JaxlmError where a teacher's classes are not the student's, one by one."""
+  theirs = lm.config.data.task
+  found = tuple(labels) if theirs == task else tuple(tasks.make(theirs).labels) if theirs else ()
+  if found != tuple(labels):
+    raise JaxlmError(f'config.loss.teacher.path: {settings.path} tells apart {", ".join(found) or "classes without names"}, '
+                     f'this task {", ".join(labels)}; take a teacher of the same labels, in the same order.')

@@ -252,7 +252,7 @@ def _clipped(lm: LM, text: str) -> list[int]:
 
 def judged(task: Task, examples: Sequence[Example], answers: Sequence[Any]) -> tuple[Any, np.ndarray]:
   """(the measure, each example's row of it) of what a model said."""
-  metric, references = verdicts.metric_of(task), verdicts.references(task, examples)
+  metric, references = verdicts.metric_of(task), right(task, examples)
   if task.program:
     said = [[answer] if isinstance(answer, str) else answer for answer in answers]
     results = sandbox.run_all(tasks.program_of(task, example, one)
@@ -260,20 +260,23 @@ def judged(task: Task, examples: Sequence[Example], answers: Sequence[Any]) -> t
     return metric, metric.rows([[next(results).passed for _ in own] for own in said])
   if task.kind == 'document':
     return metric, metric.rows([tuple(answer) for answer in answers])
-  if task.kind == 'retrieve':
-    # One document a text: a query whose document another query has, too, is right with either.
-    numbers: dict[str, int] = {}
-    own = [numbers.setdefault(example.second, len(numbers)) for example in examples]
+  if task.kind == 'retrieve':  # a document that another query has, too, is right for both
+    own = [number for number, in references]
     answers = [list(dict.fromkeys(own[i] for i in order)) for order in answers]
-    references = [[number] for number in own]
-  if task.kind == 'prefer':
-    references = [1] * len(examples)
-  if task.kind == 'chat':
-    references = [_last_answer(example) for example in examples]
   if task.kind in ('text', 'chat', 'span'):
     answers = [answer.strip() if isinstance(answer, str) else answer for answer in answers]
     references = [x.strip() if isinstance(x, str) else x for x in references]
   return metric, metric.rows(answers, references)
+
+
+def right(task: Task, examples: Sequence[Example]) -> list[Any]:
+  """What is right, as the measure takes it; a document to be found has the number of the first with its text."""
+  if task.kind == 'retrieve':
+    numbers: dict[str, int] = {}
+    return [[numbers.setdefault(example.second, len(numbers))] for example in examples]
+  if task.kind == 'prefer':
+    return [1] * len(examples)
+  return list(map(_last_answer, examples)) if task.kind == 'chat' else verdicts.references(task, examples)
 
 
 def _last_answer(example: Example) -> str:
@@ -290,6 +293,7 @@ def hold(lm: LM, task: Task, terms: Terms = Terms(), kept: str = '') -> dict[str
   Raises:
     JaxlmError: a task that this model cannot be asked, or a record that does not fit.
   """
+  _check_draws(task, terms)
   asked = _drawn(task, terms)
   head = HEADS.get(task.kind)
   if head is not None and lm.model.config.head.labels == head:
@@ -304,6 +308,16 @@ def hold(lm: LM, task: Task, terms: Terms = Terms(), kept: str = '') -> dict[str
   return _report(task, asked, answers, said, terms)
 
 
+def _check_draws(task: Task, terms: Terms) -> None:
+  """Raises JaxlmError where answers would be drawn that nobody writes or counts."""
+  if terms.samples > 1 and not (task.program and terms.temperature):
+    raise JaxlmError(f'samples={terms.samples} are drawn for a task that has a `program`, at a temperature above 0; '
+                     'give both, or 1 sample.')
+  if terms.temperature and ASKERS.get(task.kind) not in (_generated, _answered_chats):
+    raise JaxlmError(f'temperature={terms.temperature}: to a task of kind {task.kind!r} no answer is written that could be '
+                     'drawn; leave it 0.')
+
+
 def _drawn(task: Task, terms: Terms) -> list[Example]:
   """The examples that are asked, in their order."""
   return tasks.drawn(list(tasks.examples(task, terms.split)), terms.limit,
@@ -315,9 +329,8 @@ def _report(task: Task, asked: Sequence[Example], answers: Sequence[Any], said: 
   metric, rows = judged(task, asked, answers)
   found = dict(metrics=metric.total(rows), intervals=intervals.bootstrap(metric, rows, terms.seed), examples=len(asked),
                terms=dataclasses.asdict(terms))
-  right = verdicts.references(task, asked)
   return found | dict(said=[dataclasses.asdict(dataclasses.replace(one, right=gold, row=row))
-                            for one, gold, row in zip(said, right, rows.tolist())])
+                            for one, gold, row in zip(said, right(task, asked), rows.tolist())])
 
 
 def _asked(lm: LM, task: Task, asked: Sequence[Example], terms: Terms, kept: str) -> list[Said]:
@@ -326,9 +339,6 @@ def _asked(lm: LM, task: Task, asked: Sequence[Example], terms: Terms, kept: str
   if ask is None:
     raise JaxlmError(f'A task of kind {task.kind!r} needs a model with a label head of kind {HEADS[task.kind]!r} '
                      f'(config.model.head.labels), fine-tuned for it; this one has {lm.model.config.head.labels!r}.')
-  if terms.samples > 1 and not (task.program and terms.temperature):
-    raise JaxlmError(f'samples={terms.samples} are drawn for a task that has a `program`, at a temperature above 0; '
-                     'give both, or 1 sample.')
   if task.program:
     verdicts.metric_of(task).rows([[True] * terms.samples])  # too few are told of before any is drawn
   prompts = _prompts(lm, task, asked, terms)

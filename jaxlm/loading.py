@@ -22,7 +22,8 @@ from jaxlm.sharding import Layout
 from jaxlm.types import Prompt
 
 
-def load(path: str | os.PathLike, mesh: Any = None, dtype: str | None = None, base: LM | None = None) -> LM:
+def load(path: str | os.PathLike, mesh: Any = None, dtype: str | None = None, base: LM | None = None,
+         step: int = 0) -> LM:
   """The model of a run directory (its newest valid checkpoint), or of a Hugging Face folder.
 
   A run that kept a moving average of its parameters gives that.
@@ -33,6 +34,7 @@ def load(path: str | os.PathLike, mesh: Any = None, dtype: str | None = None, ba
     dtype: of parameters and computing, 'float32' or 'bfloat16'; None: as the run had them.
     base: of a run that holds a delta alone (config.model.peft): the model it adapts, already loaded, whose arrays are
       then shared by all deltas that are loaded so. None: it is read from where the run says.
+    step: which checkpoint of a run; 0: the newest that is valid.
   Raises:
     JaxlmError: neither kind of folder, or one that is not complete.
   """
@@ -44,7 +46,7 @@ def load(path: str | os.PathLike, mesh: Any = None, dtype: str | None = None, ba
   if not os.path.isfile(os.path.join(path, 'config.json')):
     what = 'has no config.json' if os.path.isdir(path) else 'is not there'
     raise JaxlmError(f'{path} {what}; give a run directory, a Hugging Face folder or a GGUF file.')
-  return _load_run(path, mesh, dtype, base)
+  return _load_run(path, mesh, dtype, base, step)
 
 
 def _layout(config: Any, mesh: Any) -> Layout:
@@ -53,7 +55,7 @@ def _layout(config: Any, mesh: Any) -> Layout:
   return Layout(sharding.make_mesh(mesh) if isinstance(mesh, Mapping) else mesh, tuple(config.sharding.rules))
 
 
-def _load_run(path: str, mesh: Any, dtype: str | None, base: LM | None) -> LM:
+def _load_run(path: str, mesh: Any, dtype: str | None, base: LM | None, step: int) -> LM:
   config = RunDirectory(path).config
   if faults := config_module.faults(config):
     raise JaxlmError('\n'.join(f'{path}/config.json: {fault}' for fault in faults))
@@ -67,7 +69,7 @@ def _load_run(path: str, mesh: Any, dtype: str | None, base: LM | None) -> LM:
   if delta:
     wanted, _ = trees.partition(wanted, functools.partial(peft.is_trained, model.config.peft))
   with Checkpoints(os.path.join(path, 'checkpoints'), read_only=True) as checkpoints:
-    found = checkpoints.restore_params(wanted, item='ema' if config.optim.ema_decay else 'params')
+    found = checkpoints.restore_params(wanted, step or None, item='ema' if config.optim.ema_decay else 'params')
   if found is None:
     raise JaxlmError(f'{path} has no checkpoint that can be read; let the run go on until its next save.')
   file = Path(path, 'tokenizer', 'tokenizer.json')  # one that came with a folder may put more around a text

@@ -181,15 +181,19 @@ def opinion(vocabulary: Vocabulary, hidden_BTD: Array, w_VD: Array, b_V: Array |
     log_probs_BTV = jax.nn.log_softmax(_logits(vocabulary, *inputs, w_VD, b_V) / vocabulary.temperature)
     if not top_k:
       return carry, dict(teacher_log_probs=log_probs_BTV)
-    most_BTK, ids_BTK = jax.lax.top_k(log_probs_BTV, top_k)
-    return carry, dict(teacher_log_probs=_with_rest(most_BTK), teacher_ids=ids_BTK)
+    ids_BTK = jax.lax.top_k(log_probs_BTV, top_k)[1]
+    return carry, dict(teacher_log_probs=_with_rest(log_probs_BTV, ids_BTK), teacher_ids=ids_BTK)
   return _by_chunk(vocabulary, piece, (), hidden_BTD)[1]
 
 
-def _with_rest(log_probs_BTK: Array) -> Array:
-  """[B, T, K + 1]: and the log-prob of what is none of these; what float32 cannot tell from 0 counts as its eps."""
-  total_BT1 = jnp.minimum(jnp.exp(log_probs_BTK).sum(-1, keepdims=True), 1 - jnp.finfo(jnp.float32).eps)
-  return jnp.concatenate([log_probs_BTK, jnp.log1p(-total_BT1)], axis=-1)
+def _with_rest(log_probs_BTV: Array, ids_BTK: Array) -> Array:
+  """[B, T, K + 1]: log-probs of some tokens, and of all others together.
+
+  Those are summed themselves: 1 less the some would lose them, and their gradient, where these are nearly sure.
+  """
+  others = jax.vmap(jax.vmap(lambda log_probs_V, ids_K: log_probs_V.at[ids_K].set(-jnp.inf)))
+  rest_BT = jax.nn.logsumexp(others(log_probs_BTV, ids_BTK), axis=-1, keepdims=True)
+  return jnp.concatenate([jnp.take_along_axis(log_probs_BTV, ids_BTK, axis=-1), rest_BT], axis=-1)
 
 
 def divergence(vocabulary: Vocabulary, hidden_BTD: Array, w_VD: Array, b_V: Array | None, log_probs_BTK: Array,
@@ -209,13 +213,13 @@ def divergence(vocabulary: Vocabulary, hidden_BTD: Array, w_VD: Array, b_V: Arra
     hidden_BTD, theirs_BTK, *ids = inputs
     ours_BTK = jax.nn.log_softmax(_logits(vocabulary, hidden_BTD, w_VD, b_V) / vocabulary.temperature)
     if ids:
-      ours_BTK = _with_rest(jnp.take_along_axis(ours_BTK, ids[0], axis=-1))
-    return carry, _kl(theirs_BTK, ours_BTK)
+      ours_BTK = _with_rest(ours_BTK, ids[0])
+    return carry, _divergence(theirs_BTK, ours_BTK)
   ids = () if ids_BTK is None else (ids_BTK,)
   return _by_chunk(vocabulary, piece, (), hidden_BTD, log_probs_BTK, *ids)[1]
 
 
-def _kl(theirs: Array, ours: Array) -> Array:
+def _divergence(theirs: Array, ours: Array) -> Array:
   """KL of log-probs over the last dim; what the first says cannot be is not looked at."""
   there = jnp.isfinite(theirs)
   theirs, ours = jnp.where(there, theirs, 0), jnp.where(there, ours, 0)
@@ -224,7 +228,7 @@ def _kl(theirs: Array, ours: Array) -> Array:
 
 def class_divergence(theirs_BC: Array, ours_BC: Array, temperature: float) -> Array:
   """KL(teacher, model) of scores of classes over the last dim, at a temperature."""
-  return _kl(*(jax.nn.log_softmax(scores_BC / temperature) for scores_BC in (theirs_BC, ours_BC)))
+  return _divergence(*(jax.nn.log_softmax(scores_BC / temperature) for scores_BC in (theirs_BC, ours_BC)))
 
 
 # ---- the loss of tokens ------------------------------------------------------------------------------------------
@@ -329,24 +333,24 @@ def lm_loss(model: Transformer, vocabulary: Vocabulary, params: Tree, batch: dic
   total, sums = cross_entropy(vocabulary, output.features, *unembedding, batch['targets'], weights_BT)
   weight_B, count = weights_BT.sum(1), weights_BT.sum()
   told = {'loss': (sums['nll'], count), 'accuracy': (sums['correct'], count)}
-  if 'teacher_log_probs' in batch:
-    kl_BT = divergence(vocabulary, output.features, *unembedding, batch['teacher_log_probs'], batch.get('teacher_ids'))
-    kl = jnp.where(weights_BT != 0, kl_BT * weights_BT, 0).sum()
-    # By the square: the gradient of softer scores is as much smaller (Hinton et al. 2015, section 2.1).
-    total = (1 - vocabulary.teacher_weight) * total + vocabulary.teacher_weight * vocabulary.temperature ** 2 * kl
-    told['teacher_kl'] = kl, count
   for i, features_BTE in enumerate(output.future):
     weights = batch['future_weights'][..., i]
     ahead, sums = cross_entropy(vocabulary, features_BTE, *unembedding, batch['future_targets'][..., i], weights)
     total += ahead
     told[f'loss_{i + 2}_ahead'] = sums['nll'], weights.sum()
-  total += extra(model, output.aux, weight_B, told)
   if 'labels' in batch:
     nll_B = -jnp.take_along_axis(jax.nn.log_softmax(output.scores), batch['labels'][:, None], axis=1)[:, 0]
     correct_B = (output.scores.argmax(-1) == batch['labels']).astype(jnp.float32)
     total += (nll_B * batch['label_weights'] * weight_B).sum()
     mean = lambda x_B: ((x_B * batch['label_weights']).sum(), batch['label_weights'].sum())
     told |= {'label_loss': mean(nll_B), 'label_accuracy': mean(correct_B)}
+  if 'teacher_log_probs' in batch:
+    kl_BT = divergence(vocabulary, output.features, *unembedding, batch['teacher_log_probs'], batch.get('teacher_ids'))
+    kl = jnp.where(weights_BT != 0, kl_BT * weights_BT, 0).sum()
+    # By the square: the gradient of softer scores is as much smaller (Hinton et al. 2015, section 2.1).
+    total = (1 - vocabulary.teacher_weight) * total + vocabulary.teacher_weight * vocabulary.temperature ** 2 * kl
+    told['teacher_kl'] = kl, count
+  total += extra(model, output.aux, weight_B, told)
   return total, {'objective': (total, count)} | told
 
 

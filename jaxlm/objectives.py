@@ -213,7 +213,7 @@ def prefer(config, vocab) -> Objective:
 
 def kto(config, vocab) -> Objective:
   """Single answers that somebody liked or did not."""
-  return _task(config, answers.judged, one_more, loss='kto', more=1, labels=())
+  return _task(config, answers.single, one_more, loss='kto', more=1, labels=())
 
 
 def grpo(config, vocab) -> Objective:
@@ -224,7 +224,7 @@ def grpo(config, vocab) -> Objective:
 
 def ppo(config, vocab) -> Objective:
   """Answers of the policy's own, as much more likely, token by token, as they turn out better than it expected."""
-  return _task(config, answers.appraised, one_more, loss='ppo', more=1)
+  return _task(config, answers.valued, one_more, loss='ppo', more=1)
 
 
 # ---- masks -------------------------------------------------------------------------------------------------------

@@ -179,7 +179,7 @@ def ppo(policy_BT: Array, old_BT: Array, advantages_BT: Array, values_BT: Array,
     weights_BT: 1 where the policy wrote the token, 0 elsewhere.
     entropy_BT: of the policy at each token, to tell, and to reward where it has a weight; differentiated.
     clip: how far from 1 a ratio still counts.
-    value_clip: how far values move from the old ones; the paper has none, OpenAI's baselines do.
+    value_clip: how far values move from the old ones; 0: freely, as in the paper; OpenAI's baselines clip.
     value_weight: the paper's c1, of half the square.
     entropy_weight: the paper's c2.
   Source: Schulman et al. 2017, Proximal Policy Optimization Algorithms, arXiv:1707.06347, eq. 7 and 9.
@@ -189,7 +189,8 @@ def ppo(policy_BT: Array, old_BT: Array, advantages_BT: Array, values_BT: Array,
       entropy_BT)
   policy_loss_BT, told = _clipped(policy_BT, old_BT, advantages_BT, weights_BT, clip, clip)
   free_BT = jnp.square(values_BT - returns_BT)
-  bounded_BT = jnp.square(jnp.clip(values_BT, old_values_BT - value_clip, old_values_BT + value_clip) - returns_BT)
+  reach = value_clip or jnp.inf
+  bounded_BT = jnp.square(jnp.clip(values_BT, old_values_BT - reach, old_values_BT + reach) - returns_BT)
   value_loss_BT = jnp.maximum(free_BT, bounded_BT) / 2
   loss_BT = policy_loss_BT + value_weight * value_loss_BT
   more = {'policy_loss': policy_loss_BT, 'value_loss': value_loss_BT, 'advantage': advantages_BT, 'value': values_BT,

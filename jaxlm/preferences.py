@@ -167,9 +167,7 @@ def simpo(policy: Pairs, reference: Any, weights_B: Array, *, beta: float = 2.0,
 def reference_point(mismatched: tuple[Array, Array]) -> Array:
   """KTO's z0 []: the mean log-ratio of texts under prompts that they do not belong to, at least 0, without gradient.
 
-  It is the one thing that couples examples. Before a step its caller joins each prompt of the global batch with the
-  next example's text, scores these rows by policy and reference without gradient, and adds up their log-ratios over
-  microbatches and devices; then the gradient is the same however the batch is cut.
+  It is the one thing that couples examples: its sums are over the global batch, so a batch is not cut.
 
   Args:
     mismatched: (summed log-ratios of texts, how many texts), over the global batch.

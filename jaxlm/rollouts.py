@@ -159,10 +159,6 @@ class Writer:
     return [ids[:bisect.bisect_left(range(len(ids)), True, key=lambda n: self._stop(ids[:n]) is not None)]
             for ids in written]
 
-  def was_cut(self, ids: Ids) -> bool:
-    """Whether an answer ended for want of room."""
-    return len(ids) == self.settings.max_new_tokens and ids[-1:] != self.form.end and self._stop(ids) is None
-
   def _stop(self, ids: Ids) -> int | None:
     """Where in the text of an answer the first stop is."""
     if not self.data.task.stop:
@@ -234,8 +230,7 @@ class Rollouts:
     ends = np.cumsum([0, *map(len, asked)])
     parts = [slice(*ends[i:i + 2]) for i in range(len(asked))]
     placed = [self._placed(prompts[here], answers[here]) for here in parts]
-    cut = np.array([writer.was_cut(answer) for answer in answers], np.float32)
-    taught, said = self._appraise(params, placed, [rewards[here] for here in parts], [cut[here] for here in parts])
+    taught, said = self._appraise(params, placed, [rewards[here] for here in parts])
     return [(batch, more | told(rewards[here].reshape(-1, group), answers[here]))
             for batch, more, here in zip(taught, said, parts)]
 
@@ -264,9 +259,8 @@ class ByGroup:
     self._log_probs = jax.jit(lambda params, batch: task_losses.token_log_probs(
         model, vocabulary, params, batch, None, self._settings.temperature))
 
-  def __call__(self, params: Tree, batches: Sequence[Batch], rewards: Sequence[np.ndarray],
-               cut: Sequence[np.ndarray]) -> tuple[list[Batch], list[Said]]:
-    del cut
+  def __call__(self, params: Tree, batches: Sequence[Batch],
+               rewards: Sequence[np.ndarray]) -> tuple[list[Batch], list[Said]]:
     policy = {key: value for key, value in params.items() if key != task_losses.REFERENCE}
     found = []
     for batch, rewards_B in zip(batches, rewards):
@@ -287,15 +281,14 @@ class ByValue:
 
   def __init__(self, config: Any, model: Transformer):
     self._layout = model.layout
-    self._appraised = jax.jit(functools.partial(task_losses.appraised, model, config))
+    self._worth = jax.jit(functools.partial(task_losses.worth, model, config))
     self._whitened = jax.jit(_whitened)
 
-  def __call__(self, params: Tree, batches: Sequence[Batch], rewards: Sequence[np.ndarray],
-               cut: Sequence[np.ndarray]) -> tuple[list[Batch], list[Said]]:
+  def __call__(self, params: Tree, batches: Sequence[Batch],
+               rewards: Sequence[np.ndarray]) -> tuple[list[Batch], list[Said]]:
     found, said = [], []
-    for batch, rewards_B, cut_B in zip(batches, rewards, cut):
-      given = self._layout.place(dict(rewards=rewards_B, cut=cut_B), len(cut_B))
-      worth, sums = self._appraised(params, batch, given['rewards'], given['cut'])
+    for batch, rewards_B in zip(batches, rewards):
+      worth, sums = self._worth(params, batch, self._layout.place(dict(rewards=rewards_B), len(rewards_B))['rewards'])
       found.append(batch | worth)
       said.append({f'train/{name}': float(total) / max(float(count), 1) for name, (total, count) in sums.items()})
     advantages = self._whitened(*([batch[key] for batch in found] for key in ('advantages', 'loss_weights')))

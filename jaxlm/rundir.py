@@ -41,7 +41,7 @@ LATER = (
     'heartbeat_s', 'watchdog_s', 'compiler_options', 'pipeline.microbatches', 'pipeline.repeats', 'pipeline.remat',
     'sharding.optimizer_rules', 'sharding.offload_optimizer', 'precision.products', 'optim.layer_decay', 'model.peft',
     'data.task', 'data.task_examples', 'data.too_long', 'data.template', 'data.stride', 'loss.class_weights',
-    'loss.teacher', 'checkpoint.best_is_highest', 'checkpoint.patience', 'checkpoint.init_step',
+    'loss.teacher', 'objective.prefer.by_token', 'checkpoint.best_is_highest', 'checkpoint.patience', 'checkpoint.init_step',
     *(f'objective.{name}' for name in ('classify', 'multi_label', 'regress', 'tag', 'extract', 'answer', 'contrast',
                                        'prefer', 'grpo', 'ppo', 'kto', 'reward')))
 

@@ -294,11 +294,13 @@ SCHEMA: dict[str, Any] = dict(
             margin=Key(1.0, at_least(0.0)),          # simpo: by which the better is to be ahead
             smoothing=Key(0.0, Check('at least 0 and below 0.5', lambda x: 0 <= x < 0.5)),  # dpo: of labels that are wrong
             odds_weight=Key(0.1, above(0.0)),        # orpo
+            by_token=Key(False, flag()),             # ipo: log-ratios are means over tokens, as trl's
         ),
         reward=dict(                                 # a number for an answer, by pairs (Bradley and Terry)
             centring=Key(0.0, at_least(0.0)),        # of the squared sum of both numbers, which pairs leave free: 0.01
         ),
         kto=dict(                                    # answers that are good, and others that are bad
+            good=Key('good', text()),                # of a task of kind classify: the label of answers that are good
             beta=Key(0.1, above(0.0)),               # how strongly the reference holds
             good_weight=Key(1.0, above(0.0)),        # of a good answer; times their number it should be 1 to 4/3 of
             bad_weight=Key(1.0, above(0.0)),         # this, times that of bad ones (Ethayarajh et al. 2024, section 4.3)
@@ -317,7 +319,7 @@ SCHEMA: dict[str, Any] = dict(
             **_rollouts(kl_weight=0.02),
             group=Key(1, at_least(1)),               # answers to a question
             clip=Key(0.2, fraction()),               # how far from 1 a token's ratio counts
-            value_clip=Key(0.2, above(0.0)),         # how far values move from those when the answer was written
+            value_clip=Key(0.2, at_least(0.0)),      # how far values move from those when the answer was written; 0: freely
             value_weight=Key(0.1, at_least(0.0)),    # of half the squared error of values
             discount=Key(1.0, between(0.0, 1.0)),    # of what comes a token later
             decay=Key(0.95, between(0.0, 1.0)),      # lambda of generalised advantages; 1: no bias, 0: least variance
@@ -372,10 +374,11 @@ SCHEMA: dict[str, Any] = dict(
             is_number(w) and w > 0 for w in x))),    # of tasks with labels: how much an example of each class counts
         teacher=dict(                                # distillation: what another model says of each target
             path=Key('', text()),                    # its run directory, or a Hugging Face folder; '': no teacher
+            step=Key(0, at_least(0)),                # which checkpoint of the run; 0: the newest when training begins
             weight=Key(0.5, between(0.0, 1.0)),      # of its part of the loss; the targets' own gets the rest
             temperature=Key(1.0, above(0.0)),        # scores of both are divided by it
-            top_k=Key(0, at_least(0)),               # it tells of so many of the likeliest tokens, and of all others
-            # together; 0: of every token
+            top_k=Key(64, at_least(0)),              # it tells of so many of the likeliest tokens, and of all others
+            # together; 0: of every token, an array of rows × columns × vocabulary
         ),
     ),
 

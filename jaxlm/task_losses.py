@@ -32,9 +32,9 @@ def labels_loss(model: Transformer, config: Any, params: Tree, batch: dict[str, 
   output = model.apply({'params': params}, batch, rng=rng, with_logits=False)
   scores, smoothing = output.scores, config.loss.label_smoothing
   if 'token_labels' in batch:
-    loss, correct, weights = _of_classes(scores, batch, 'token_label', config.loss)
+    loss, correct, weights = _of_classes(scores, batch['token_labels'], batch['token_label_weights'], config.loss)
   elif 'labels' in batch:
-    loss, correct, weights = _of_classes(scores, batch, 'label', config.loss)
+    loss, correct, weights = _of_classes(scores, batch['labels'], batch['label_weights'], config.loss)
   elif 'span_labels' in batch:
     # Padding is no place for an answer.
     scores_B2T = jnp.where(batch['segment_ids'][:, None] > 0, jnp.swapaxes(scores, 1, 2), -1e9)
@@ -52,22 +52,22 @@ def labels_loss(model: Transformer, config: Any, params: Tree, batch: dict[str, 
   total, count = (loss * weights).sum(), weights.sum()
   told = {'loss': (total, count)} | ({} if correct is None else {'accuracy': ((correct * (weights > 0)).sum(),
                                                                              (weights > 0).sum().astype(jnp.float32))})
+  if 'teacher_scores' in batch:
+    share, temperature = config.loss.teacher.weight, config.loss.teacher.temperature
+    kl = (losses.class_divergence(batch['teacher_scores'], scores, temperature) * weights).sum()
+    total = (1 - share) * total + share * temperature ** 2 * kl
+    told['teacher_kl'] = kl, count
   extra = losses.extra(model, output.aux, weights if weights.ndim == 1 else weights.sum(1), told)
   return total + extra, {'objective': (total + extra, count)} | told
 
 
-def _of_classes(scores: Array, batch: dict[str, Array], what: str, settings: Any) -> tuple[Array, Array, Array]:
+def _of_classes(scores: Array, labels: Array, weights: Array, settings: Any) -> tuple[Array, Array, Array]:
   """(loss, 1 where the best class is right, weights with those of classes) of each place, of rows or of tokens."""
-  labels, weights, classes = batch[f'{what}s'], batch[f'{what}_weights'], scores.shape[-1]
+  classes = scores.shape[-1]
   hot = optax.smooth_labels(jax.nn.one_hot(labels, classes), settings.label_smoothing)
   if settings.class_weights:
     weights = weights * jnp.asarray(settings.class_weights, jnp.float32)[labels]
-  loss = optax.softmax_cross_entropy(scores, hot)
-  if 'teacher_scores' in batch:
-    share, temperature = settings.teacher.weight, settings.teacher.temperature
-    kl = losses.class_divergence(batch['teacher_scores'], scores, temperature)
-    loss = (1 - share) * loss + share * temperature ** 2 * kl
-  return loss, (scores.argmax(-1) == labels).astype(jnp.float32), weights
+  return optax.softmax_cross_entropy(scores, hot), (scores.argmax(-1) == labels).astype(jnp.float32), weights
 
 
 # ---- embeddings --------------------------------------------------------------------------------------------------
@@ -142,7 +142,7 @@ def prefer_loss(model: Transformer, vocabulary: Vocabulary, config: Any, params:
   preference, reference = PREFERENCES[settings.loss], None
   if preference.reference:
     reference = jax.lax.stop_gradient(_pairs(base, vocabulary, kept, batch, None)[0])
-  chosen = {'dpo': dict(beta=settings.beta, label_smoothing=settings.smoothing), 'ipo': dict(beta=settings.beta),
+  chosen = {'dpo': dict(beta=settings.beta, label_smoothing=settings.smoothing), 'ipo': dict(beta=settings.beta, by_token=settings.by_token),
             'orpo': dict(odds_weight=settings.odds_weight), 'simpo': dict(beta=settings.beta, margin=settings.margin)}
   total, told = preference.loss(policy, reference, batch['label_weights'], **chosen[settings.loss])
   return _with_extra(model, output, batch['label_weights'], total, told)
@@ -255,7 +255,7 @@ def ppo_loss(model: Transformer, vocabulary: Vocabulary, config: Any, params: Tr
   """Tokens that did better than the label head expected should be likelier, near the policy that wrote them; and the head
   should expect what came.
 
-  `entropy` as in `grpo_loss`. The reference is in the rewards, see `appraised`.
+  `entropy` as in `grpo_loss`. The reference is in the rewards, see `worth`.
   """
   settings, params = config.objective.ppo, _apart(model, params)[0]
   policy_BT, output = _said(model, vocabulary, params, batch, rng, settings.temperature)
@@ -266,14 +266,14 @@ def ppo_loss(model: Transformer, vocabulary: Vocabulary, config: Any, params: Tr
   return _with_extra(model, output, weights_BT.sum(1), total, told)
 
 
-def appraised(model: Transformer, config: Any, params: Tree, batch: dict[str, Array], scores_B: Array,
-              cut_B: Array) -> tuple[dict[str, Array], Sums]:
+def worth(model: Transformer, config: Any, params: Tree, batch: dict[str, Array],
+          scores_B: Array) -> tuple[dict[str, Array], Sums]:
   """({old_log_probs, old_values, advantages, returns} of answers that a policy wrote, float32 [B, T]; what is told of them).
 
   Args:
     params: the policy's and its reference's.
-    scores_B: a reward for each answer.
-    cut_B: 1 where an answer was cut off: what the label head expects after its last token counts, too.
+    scores_B: a reward for each answer. It ends there, also where it was cut off: the reward is for what was written, and
+      nothing comes after it.
   """
   settings, weights_BT = config.objective.ppo, batch['loss_weights']
   params, base, kept = _apart(model, params)
@@ -283,9 +283,7 @@ def appraised(model: Transformer, config: Any, params: Tree, batch: dict[str, Ar
   reference_BT = said(base, params=kept)[0] if settings.kl_weight else policy_BT
   values_BT = output.scores[..., 0]
   rewards_BT, told = penalised_rewards(scores_B, policy_BT, reference_BT, weights_BT, kl_weight=settings.kl_weight)
-  last_B = (batch['segment_ids'] > 0).sum(1) - 1  # the column that reads an answer's last token
-  after_B = jnp.take_along_axis(values_BT, last_B[:, None], axis=1)[:, 0]
-  advantages_BT, returns_BT = gae(rewards_BT, values_BT, weights_BT, after_B * cut_B, discount=settings.discount,
+  advantages_BT, returns_BT = gae(rewards_BT, values_BT, weights_BT, jnp.zeros_like(scores_B), discount=settings.discount,
                                   decay=settings.decay)
   return dict(old_log_probs=policy_BT, old_values=values_BT, advantages=advantages_BT, returns=returns_BT), told
 

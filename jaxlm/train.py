@@ -224,7 +224,10 @@ class Run:
     self.stream = (plans.Stream(config, self.stores, self.objective, vocab) if prepared.task is None else
                    examples.TaskStream(config, prepared.task, self.objective))
     measured = (config, self.model, prepared, self.objective, loss_fn, self.arrange)
-    self.teacher = Teacher(config, self.model, self.objective, self.tokenizer) if config.loss.teacher.path else None
+    self.teacher = None
+    if config.loss.teacher.path:
+      labels = prepared.task.task.labels if prepared.task else ()
+      self.teacher = Teacher(config, self.model, self.objective, self.tokenizer, labels)
     self.rollouts = Rollouts(self.stream, *measured) if self.objective.loss in fits.WRITTEN else None
     self.evaluators = Graded(self.rollouts.writer, *measured) if self.rollouts else Evaluators(*measured)
     keep = {key: config.checkpoint[key] for key in ('keep_latest', 'keep_every', 'keep_best', 'best_metric',

@@ -274,8 +274,10 @@ def test_a_longer_model_keeps_the_length_it_was_trained_at():
   rope = longer.model.positions.rope
   assert (longer.seq_len, rope.scaling, rope.factor, rope.original_length) == (1024, 'yarn', 4.0, 256)
   assert base.lengthen(longer, 2048).model.positions.rope.factor == 8.0  # of the first length, not the last
-  for kind, length in (('learned', 2048), ('rope', 128)):
+  with pytest.raises(JaxlmError, match="scaled by 'yarn' cannot go on by 'linear'"):
+    base.lengthen(longer, 4096, 'linear')
+  for kind, length in (('learned', 4096), ('rope', 2048)):
     config.model.positions.kind = kind
-    told = f"positions '{kind}', trained at 256 tokens, cannot be lengthened to {length}"
+    told = f"positions '{kind}' that reads 2048 tokens cannot be lengthened to {length}"
     with pytest.raises(JaxlmError, match=told):
       base.lengthen(config, length)

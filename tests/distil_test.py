@@ -1,4 +1,7 @@
 """A teacher: its part of the loss against float64, what students learn from it, and that no state holds it."""
+import json
+import shutil
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -61,6 +64,25 @@ def test_a_model_that_agrees_has_nothing_to_learn(top_k):
   np.testing.assert_allclose(gradient, 0, atol=1e-5)
 
 
+@pytest.mark.parametrize('gap', [5.0, 16.0, 30.0])
+def test_a_student_that_is_too_sure_is_still_told_of_all_others(gap):
+  """In float64: of two tokens that it holds for nearly certain the others have exp(-gap), and their gradient is whole."""
+  theirs = np.zeros((1, 1, V))
+  theirs[..., :2] = 1.0
+  ours = theirs.copy()
+  ours[..., :2] = gap
+  w = np.eye(V, dtype=np.float32)
+  vocabulary = Vocabulary(V, 0.0, 0.0, 0.0, T, LAYOUT)
+  said = losses.opinion(vocabulary, theirs.astype(np.float32), w, None, 2)
+  kl = lambda x: losses.divergence(vocabulary, x, w, None, said['teacher_log_probs'], said['teacher_ids']).sum()
+  value, gradient = jax.value_and_grad(kl)(ours.astype(np.float32))
+  parts = lambda x: np.concatenate([x[:2], [np.logaddexp.reduce(x[2:])]])
+  p, q = (parts(_log_softmax(x[0, 0])) for x in (theirs, ours))
+  assert float(value) == pytest.approx((np.exp(p) * (p - q)).sum(), rel=1e-5)
+  rest = -np.exp(p[2]) / (V - 2) + np.exp(_log_softmax(ours[0, 0]))[2:]  # by each other token's logit
+  np.testing.assert_allclose(gradient[0, 0, 2:], rest, rtol=1e-4, atol=1e-7)
+
+
 # ---- runs --------------------------------------------------------------------------------------------------------
 
 
@@ -96,9 +118,9 @@ def test_a_student_comes_nearer_to_its_teacher_and_no_checkpoint_holds_that(corp
   train.run(config, f'{tmp_path}/run')
   apart = told(f'{tmp_path}/run', 'train/teacher_kl')
   assert apart[-1] < 0.3 * apart[0]
-  folder = checkpoint.Checkpoints(f'{tmp_path}/run/checkpoints', read_only=True)
-  paths = [path for path in folder.shapes(30) if path.startswith('params/')]
-  assert paths and not any('layer_' in path or 'teacher' in path for path in paths)
+  train.run(small(corpus, **{'steps': 30, 'model.num_layers': 1}), f'{tmp_path}/alone')
+  held = lambda name: checkpoint.Checkpoints(f'{tmp_path}/{name}/checkpoints', read_only=True).shapes(30)
+  assert held('run').keys() == held('alone').keys()
 
 
 def test_devices_accumulation_and_a_stop_change_nothing(corpus, teacher, tmp_path):
@@ -129,8 +151,68 @@ def test_a_teacher_that_does_not_fit_is_told_of_in_a_line(corpus, teacher, tmp_p
   assert any('predicts neither tokens nor classes' in line for line in check.faults(wrong))
 
 
-def test_classes_are_taught_by_scores(tmp_path):
-  """Against NumPy; a class that the teacher prefers gets the gradient."""
+def test_a_teacher_may_be_padded_otherwise(corpus, teacher, tmp_path):
+  found = []
+  for pad in (64, 512):
+    config = small(corpus, **{'loss.teacher.path': teacher, 'loss.teacher.top_k': 0, 'steps': 1, 'model.vocab_pad_to': pad})
+    train.run(config, f'{tmp_path}/{pad}')
+    found += told(f'{tmp_path}/{pad}', 'train/teacher_kl')
+  assert np.isfinite(found).all() and found[0] == pytest.approx(found[1], rel=0.3)  # other draws of the same size
+
+
+def test_a_teacher_that_trains_on_is_the_one_it_was(corpus, teacher, tmp_path):
+  teaching = f'{tmp_path}/teacher'
+  shutil.copytree(teacher, teaching)
+  settings = {'loss.teacher.path': teaching, 'steps': 4, 'save_every': 2}
+  train.run(small(corpus, **settings), f'{tmp_path}/whole')
+  train.run(small(corpus, **settings | {'steps': 2, 'optim.total_steps': 4}), f'{tmp_path}/parts')
+  longer = small(corpus)
+  longer.update(steps=44, save_every=0)
+  longer.optim.total_steps = 40
+  train.run(longer, teaching)
+  train.run(small(corpus, **settings), f'{tmp_path}/parts')
+  assert told(f'{tmp_path}/parts', 'train/teacher_kl')[-2:] == told(f'{tmp_path}/whole', 'train/teacher_kl')[-2:]
+
+
+# ---- classes and tags --------------------------------------------------------------------------------------------
+
+
+def task(folder, name, kind, labels, records):
+  (folder / f'{name}.jsonl').write_text('\n'.join(map(json.dumps, records)), encoding='utf-8')
+  files = {split: str(folder / f'{name}.jsonl') for split in ('train', 'validation')}
+  (folder / f'{name}.json').write_text(json.dumps(dict(kind=kind, files=files, labels=labels)), encoding='utf-8')
+  return str(folder / f'{name}.json')
+
+
+def labelled(corpus, objective, told_by, head, **changes):
+  config = small(corpus, **{'objective.name': objective, 'model.structure': 'encoder', 'model.head.lm': False, 'steps': 40,
+                            'model.head.labels': head, 'model.head.num_labels': 2, 'data.task': told_by, 'save_every': 0,
+                            'data.packing': 'padded'})
+  config.update_from_flattened_dict(changes)
+  return config
+
+
+@pytest.mark.parametrize('kind, objective, head', [('classify', 'classify', 'sequence'), ('tag', 'tag', 'token')])
+def test_a_student_learns_classes_from_its_teacher_alone(kind, objective, head, corpus, tmp_path):
+  texts = [dict(text=a + b, words=[a, b], tags=['O' if c < 'e' else 'B-x' for c in (a, b)],
+                label='O' if a < 'e' else 'B-x')
+           for a in 'abcdefgh' for b in 'abcdefgh']
+  true = task(tmp_path, 'true', kind, ['O', 'B-x'], texts)
+  teaching = f'{tmp_path}/teacher'
+  assert train.run(labelled(corpus, objective, true, head), teaching)['eval/validation/accuracy'] > 0.95
+  wrong = [text | dict(label='O', tags=['O', 'O']) for text in texts]  # what it would learn by itself
+  blind = task(tmp_path, 'blind', kind, ['O', 'B-x'], wrong)
+  changes = {'loss.teacher.path': teaching, 'loss.teacher.weight': 1.0}
+  train.run(labelled(corpus, objective, blind, head, **changes), f'{tmp_path}/student')
+  kl = told(f'{tmp_path}/student', 'train/teacher_kl')
+  assert kl[-1] < 0.2 * kl[0]
+  assert told(f'{tmp_path}/student', 'train/loss')[-1] > 0.5  # of the targets, which it did not learn
+  turned = task(tmp_path, 'turned', kind, ['B-x', 'O'], texts)
+  with pytest.raises(JaxlmError, match='tells apart O, B-x, this task B-x, O; take a teacher of the same labels'):
+    train.run(labelled(corpus, objective, turned, head, **changes), f'{tmp_path}/turned')
+
+
+def test_divergence_of_classes_is_that_of_the_plain_formula():
   rng = np.random.default_rng(0)
   theirs, ours = rng.standard_normal((2, 4, 3)).astype(np.float32)
   p, q = (np.exp(_log_softmax(x.astype(float) / 2)) for x in (theirs, ours))

@@ -135,10 +135,11 @@ def test_the_reward_rises_by_what_the_policy_expected_and_that_becomes_right(wor
   assert {'train/kl', 'train/score', 'train/entropy', 'train/clip_fraction', 'train/return'} <= set(lines(f'{tmp_path}/run')[-1])
 
 
-def test_an_answer_that_was_cut_off_is_worth_what_is_expected_after_it(world, tmp_path):
-  """Against NumPy: rewards, values, and the sum that advantages are."""
+def test_advantages_are_what_the_score_brought_beyond_what_was_expected(world, tmp_path):
+  """Against NumPy: at the end of an answer, cut off or not, nothing comes after its score."""
   task, start = world
-  parts = parts_of(tuned(task, 'ppo', start, **{'objective.ppo.kl_weight': 0.0, 'objective.ppo.decay': 0.9}), f'{tmp_path}/run')
+  parts = parts_of(tuned(task, 'ppo', start, **{'objective.ppo.kl_weight': 0.0, 'objective.ppo.decay': 0.9}),
+                   f'{tmp_path}/run')
   params = parts.start()[1].params
   B, T, first, end = 2, 16, 3, 6  # tokens 3 to 5 of a row of 6 are the answer
   ids = np.arange(B * (T + 1), dtype=np.int32).reshape(B, T + 1) % 8 + 97
@@ -146,10 +147,10 @@ def test_an_answer_that_was_cut_off_is_worth_what_is_expected_after_it(world, tm
   weights = np.broadcast_to((np.arange(T) >= first - 1) & (np.arange(T) < end - 1), (B, T)).astype(np.float32)
   batch = dict(tokens=ids[:, :-1], targets=ids[:, 1:], segment_ids=segments, loss_weights=weights,
                positions=np.broadcast_to(np.arange(T, dtype=np.int32), (B, T)))
-  worth, _ = task_losses.appraised(parts.model, parts.config, params, batch, np.array([1.0, 0.5]), np.array([0.0, 1.0]))
+  worth, _ = task_losses.worth(parts.model, parts.config, params, batch, np.array([1.0, 0.5]))
   values = np.asarray(parts.model.apply({'params': params}, batch).scores[..., 0], float)
-  for row, (score, cut) in enumerate([(1.0, 0), (0.5, 1)]):
-    after, advantage = cut * values[row, end - 1], 0.0
+  for row, score in enumerate([1.0, 0.5]):
+    after = advantage = 0.0
     for column in range(end - 2, first - 2, -1):
       error = (score if column == end - 2 else 0) + after - values[row, column]
       advantage = error + 0.9 * advantage
@@ -157,6 +158,15 @@ def test_an_answer_that_was_cut_off_is_worth_what_is_expected_after_it(world, tm
       np.testing.assert_allclose(worth['advantages'][row, column], advantage, atol=1e-5)
       np.testing.assert_allclose(worth['returns'][row, column], advantage + values[row, column], atol=1e-5)
   assert not np.asarray(worth['advantages'])[weights == 0].any()
+
+
+def test_values_become_a_reward_that_is_always_the_same(world, tmp_path):
+  """Answers are cut off here: one that is not allowed to end is worth no more than its reward."""
+  task, start = world
+  config = tuned(task, 'ppo', start, steps=60, **{'objective.ppo.verifier': 'rollouts_test:nothing', 'optim.lr': 3e-3,
+                                                 'objective.ppo.value_weight': 1.0, 'objective.ppo.max_new_tokens': 1})
+  train.run(config, f'{tmp_path}/run')
+  assert told(f'{tmp_path}/run', 'value')[-5:] == pytest.approx(0.5, abs=0.1)
 
 
 VARIANTS = {'grpo': {}, 'dr_grpo': dict(by_std=False, normalisation='longest'), 'dapo': dict(clip_high=0.28, normalisation='token')}
@@ -333,6 +343,9 @@ def program(record, answer):
     ({'model.head.lm': False}, "objective 'grpo' predicts tokens, so it needs config.model.head.lm to be True"),
     ({'model.structure': 'encoder'}, "objective 'grpo' needs a model of kind decoder or recurrent"),
     ({'data.task': ''}, "objective 'grpo' learns a task; set config.data.task"),
+    ({'objective.name': 'ppo', 'model.head.labels': 'token', 'model.head.num_labels': 1, 'mesh.seq': 2},
+     'mesh.seq=2: what a token is worth is counted along its row'),
+    ({'objective.name': 'ppo', 'model.head.labels': 'none'}, "objective 'ppo' needs config.model.head.labels to be 'token'"),
 ])
 def test_a_bad_setting_is_told_in_a_line(changes, told, world):
   found = check.faults(tuned(world[0], 'grpo', **changes))

@@ -282,16 +282,22 @@ def test_an_answer_of_another_question_says_what_answers_became(world):
   for name in ('prefer', 'liked'):
     task = tasks_module.make(tasks[name])
     read = list(tasks_module.examples(task, 'train'))
-    found = encoders.judged(task, read)
+    found = encoders.singled(task, read, 'good')
     assert len(found) == 128 and sum(e.target for e in found) == 64
     assert {(e.input, e.second, e.target) for e in found} == {(a, c, good) for a in QUESTIONS for b in QUESTIONS
                                                              for c, good in ((b, 1), ('z', 0))}
-    nearest = {e.input: e.choices[0] for e in found}
-    assert len(nearest) == 8 and all(e.choices[0] in QUESTIONS for e in found)
+    of_others = {(e.input, e.second) for e in found}
+    assert all(any((q, e.choices[0]) in of_others for q in QUESTIONS if q != e.input) for e in found)
+    if name == 'prefer':
+      assert all((e.choices[0] == 'z') == (e.target == 0) for e in found)
   prepared = examples.prepare(tuned(tasks, 'kto', 'liked', start=runs['decoder']), (), ('prefer', 'classify'))
   assert set(prepared.task.train.labels.tolist()) == {0, 1} and len(prepared.task.train) == 64  # as many as smoke reads
-  with pytest.raises(JaxlmError, match='has the question as `input`, the answer as `second` and two labels'):
+  with pytest.raises(JaxlmError, match="kto.good='good' names the better of two labels"):
     examples.prepare(tuned(tasks, 'kto', 'classify', start=runs['decoder']), (), ('prefer', 'classify'))
+  turned = [e.target for e in encoders.singled(tasks_module.make(tasks['liked']), read, 'bad')]
+  assert turned == [1 - e.target for e in encoders.singled(tasks_module.make(tasks['liked']), read, 'good')]
+  with pytest.raises(JaxlmError, match='All examples ask one question'):
+    encoders.singled(tasks_module.make(tasks['liked']), [e for e in read if e.input == 'a'], 'good')
 
 
 @pytest.mark.parametrize('objective, name', [('prefer', 'prefer'), ('kto', 'prefer'), ('answer', 'text'), ('grpo', 'text')])

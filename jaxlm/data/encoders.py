@@ -206,30 +206,44 @@ def _preferred(form: Form, example: Example) -> Iterator[Row]:
   yield Row(tuple(_text(half, example, answer).parts[0] for answer in (example.second, example.choices[0])))
 
 
-def judged(task: Task, examples: Sequence[Example]) -> list[Example]:
-  """Single answers, good (target 1) or bad (0): both of a pair, or texts of two classes, the second the better.
+def singled(task: Task, examples: Sequence[Example], good: str) -> list[Example]:
+  """Single answers, good (target 1) or bad (0): both of a pair, or texts of two classes.
 
-  Each has as its choice an answer to another question, for KTO's reference point.
+  Each has as its choice an answer to another question, which KTO's reference point is of: of pairs one as good or bad.
 
+  Args:
+    good: of classes, the label of answers that are good.
   Raises:
-    JaxlmError: other than two classes, or no answers beside the questions.
+    JaxlmError: other labels than that and one more, an empty answer, or one question alone.
   """
-  if task.kind == 'classify' and (len(task.labels) != 2 or not all(e.second for e in examples)):
-    raise JaxlmError(f'Answers are judged good or bad: a task of kind classify has the question as `input`, the answer '
-                     f'as `second` and two labels, the worse first; this one has labels {task.labels}'
-                     f'{"" if task.second else " and no second"}.')
-  pairs = [(e, e.second, e.target if task.kind == 'classify' else 1) for e in examples]
   if task.kind == 'prefer':
-    pairs = [pair for e, good, _ in pairs for pair in ((e, good, 1), (e, e.choices[0], 0))]
-  found = []
-  for i, (example, answer, good) in enumerate(pairs):
-    others = (pairs[(i + n) % len(pairs)] for n in range(1, len(pairs)))
-    other = next((text for e, text, _ in others if e.input != example.input), answer)
-    found.append(dataclasses.replace(example, second=answer, target=good, choices=(other,)))
-  return found
+    both = [[dataclasses.replace(e, second=text, target=target) for e, text in pairs] for target, pairs in (
+        (1, [(e, e.second) for e in examples]), (0, [(e, e.choices[0]) for e in examples]))]
+    return [example for pair in zip(*map(_beside_others, both)) for example in pair]
+  if len(task.labels) != 2 or good not in task.labels:
+    raise JaxlmError(f'config.objective.kto.good={good!r} names the better of two labels of a task of kind classify, whose '
+                     f'`input` is the question and `second` the answer; this one has {", ".join(map(repr, task.labels))}.')
+  empty = next((e.id for e in examples if not e.second), None)
+  if empty:
+    raise JaxlmError(f'{empty}: the answer, `second` of the task, is empty; mend the record, or the template.')
+  return _beside_others([dataclasses.replace(e, target=int(task.labels[e.target] == good)) for e in examples])
 
 
-def _judged(form: Form, example: Example) -> Iterator[Row]:
+def _beside_others(examples: Sequence[Example]) -> list[Example]:
+  """Examples with the next answer to another question as their choice, after the last one from the first on."""
+  found, other = [], None
+  for i, example in reversed(list(enumerate([*examples, *examples]))):
+    after = examples[(i + 1) % len(examples)]
+    if after.input != example.input:
+      other = after.second
+    if i < len(examples):
+      found.append(dataclasses.replace(example, choices=(other,)))
+  if other is None:
+    raise JaxlmError('All examples ask one question; KTO compares answers with those to others, so give it some more.')
+  return found[::-1]
+
+
+def _single(form: Form, example: Example) -> Iterator[Row]:
   for row in _preferred(form, example):
     yield dataclasses.replace(row, labels=example.target)
 
@@ -237,7 +251,7 @@ def _judged(form: Form, example: Example) -> Iterator[Row]:
 ENCODERS: dict[str, Callable[[Form, Example], Iterator[Row]]] = {
     'classify': _labelled, 'multi_label': _numbered, 'regress': _numbered, 'tag': _tagged, 'span': _spans,
     'text': _answered, 'choice': _chosen, 'chat': _conversation, 'retrieve': _retrieved, 'prefer': _preferred,
-    'judged': _judged,
+    'single': _single,
 }
 
 

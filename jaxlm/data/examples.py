@@ -9,7 +9,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from jaxlm.data import store, tasks, tokenizers
-from jaxlm.data.encoders import ENCODERS, Form, TooLong, form_of, judged
+from jaxlm.data.encoders import ENCODERS, Form, TooLong, form_of, singled
 from jaxlm.data.mixtures import Schedule
 from jaxlm.data.plans import best_fit_bins
 from jaxlm.data.tasks import Example, Task
@@ -219,8 +219,8 @@ def prepare(config: Any, roles: Sequence[str] = (), kinds: Sequence[str] = tuple
   form = form_of(config, tokenizer)
   read = {split: drawn(list(tasks.examples(task, split)), config) for split in ('train', 'validation')}
   if not by_labels:
-    read = {split: judged(task, examples) for split, examples in read.items()}
-  train, validation = (encode(task, split, form, examples, '' if by_labels else 'judged')
+    read = {split: singled(task, examples, config.objective.kto.good) for split, examples in read.items()}
+  train, validation = (encode(task, split, form, examples, '' if by_labels else 'single')
                        for split, examples in read.items())
   validation = beginning(validation, config.eval.max_tokens)
   measured = tuple(read['validation'][:validation.record[-1] + 1])

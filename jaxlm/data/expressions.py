@@ -25,7 +25,8 @@ def _environment():
 
 def _split(text: str, pattern: str) -> list[str]:
   """What stands between and behind matches of a pattern, and before the first, if anything; no space at the ends."""
-  first, *others = (piece.rstrip() for piece in re.split(pattern, text))
+  ends = [0, *(at for found in re.finditer(pattern, text) for at in found.span()), len(text)]
+  first, *others = (text[start:end].rstrip() for start, end in zip(ends[::2], ends[1::2]))
   return [first, *others] if first else others
 
 
@@ -48,13 +49,14 @@ def made(source: str, id: str, record: Record, is_text: bool) -> Any:
   """The text of a template, or the value of an expression in {{ }}; raises JaxlmError, naming the record by its id."""
   import jinja2
   try:
-    value = _compiled(source, is_text)(record)
+    value = _compiled(source, is_text)({key: x for key, x in record.items() if x is not None})  # null is no text "None"
     return str(value) if isinstance(value, jinja2.Undefined) else value  # which raises what is missing
-  except (jinja2.TemplateError, LookupError, TypeError, ValueError, ArithmeticError, re.error) as e:
+  except (jinja2.TemplateError, LookupError, TypeError, ValueError, AttributeError, ArithmeticError, re.error) as e:
     raise JaxlmError(f'{id}: template {source!r}: {e}; the record has {listed(record)}. Mend the record, or the '
                      'template.') from e
 
 
 def listed(record: Record) -> str:
-  """The names of its first fields."""
-  return ', '.join(map(repr, list(record)[:12])) or 'no fields'
+  """The names of its first fields, and of those that are null."""
+  name = lambda null: ', '.join(map(repr, [key for key, x in record.items() if (x is None) == null][:12]))
+  return (name(False) or 'no fields') + (f' (null: {name(True)})' if name(True) else '')

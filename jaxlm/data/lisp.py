@@ -28,7 +28,7 @@ def translated(node: ast.AST) -> str:
     case ast.Assign([target], value):
       return _form('setq', target, value)
     case ast.AugAssign(target, op, value):
-      return f'(setq {translated(target)} {_form(OPERATORS[type(op)], target, value)})'
+      return f'(setq {translated(target)} {_form(OPERATORS.get(type(op)), target, value)})'
     case ast.Return(value):
       return _form('return', *([] if value is None else [value]))
     case ast.Assert(test, None):

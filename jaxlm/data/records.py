@@ -50,17 +50,19 @@ def _table(paths: str, split: str, delimiter: str) -> Iterator[tuple[str, Record
 
 def _conll(paths: str, split: str) -> Iterator[tuple[str, Record]]:
   """Columns of words, a word a line, a blank line after each sentence: `columns` are lists, `words` and `tags` the
-  first and the last of them. Lines of -DOCSTART- are left out."""
+  first and the last of them. Columns stand apart by tabs, else by spaces. Lines of -DOCSTART-, and those that begin with
+  "# " before a sentence, are left out."""
   del split
   for path in matching(paths):
     rows: list[list[str]] = []
     for number, (line, offset) in enumerate([*lines(path, 0), (b'', 0)], 1):
-      row = decoded(line, path, offset).split()
-      if row and row[0] != '-DOCSTART-':
+      text = decoded(line, path, offset).strip()
+      row = text.split('\t') if '\t' in text else text.split()
+      if row and row[0] != '-DOCSTART-' and (rows or not text.startswith('# ')):
         rows.append(row)
         if len(row) != len(rows[0]):
-          raise JaxlmError(f'{path}:{number}: wanted {len(rows[0])} columns, as the line before has; mend or remove '
-                           'it.')
+          raise JaxlmError(f'{path}:{number}: wanted {len(rows[0])} columns, as line {number - len(rows) + 1} has, got '
+                           f'{len(row)}; mend or remove it.')
       elif rows:
         columns = [*map(list, zip(*rows))]
         yield f'{path}:{number - len(rows)}', dict(words=columns[0], tags=columns[-1], columns=columns)

@@ -5,6 +5,7 @@ another version has another library.
 """
 import ast
 import collections
+import doctest
 import functools
 import inspect
 import io
@@ -190,7 +191,9 @@ def records(task: str, split: str) -> Iterator[dict]:
   """
   lookup(RECORDS, task, 'task')
   lookup(dict.fromkeys(('train', 'validation', 'test')), split, 'split')
-  return (record for record in _all(task) if sources.split_of(record['id'], by_file=task not in WITHIN_FILES) == split)
+  scored = lambda record: split != 'test' or task != 'body' or record['doctests']  # a test without examples says nothing
+  return (record for record in _all(task)
+          if sources.split_of(record['id'], by_file=task not in WITHIN_FILES) == split and scored(record))
 
 
 # ---- functions and what is said of them --------------------------------------------------------------------------
@@ -245,14 +248,25 @@ def default() -> Iterator[dict]:
 def body() -> Iterator[dict]:
   """Signature and docstring -> body: id, prompt, body, doctests, entry, module, lines, indent.
 
-  `doctests` is the docstring if it has examples and its module can be imported, else ''. Whether they can score a body
-  is known when both `proofs` have run.
+  `doctests` is the docstring if it has examples that are statements and its module can be imported, else ''. Whether
+  they can score a body is known when both `proofs` have run.
   """
   for module, function in _functions():
     if function.doc and len(_paragraph(function.doc).split()) >= MIN_WORDS:
       yield dict(id=function.id, prompt=function.head + function.doc_lines, body=function.body,
-                 doctests=function.doc if module.name and '>>>' in function.doc else '', entry=function.qualname,
+                 doctests=function.doc if module.name and _has_examples(function.doc) else '', entry=function.qualname,
                  module=module.name, lines=list(function.body_lines), indent=function.indent)
+
+
+def _has_examples(doc: str) -> bool:
+  """Whether it has examples, and all of them can be run outside a function."""
+  try:
+    examples = doctest.DocTestParser().get_examples(doc)
+    for example in examples:
+      compile(example.source, 'example', 'single')
+  except (ValueError, SyntaxError):
+    return False
+  return bool(examples)
 
 
 PROGRAM = '''\

@@ -24,8 +24,13 @@ def _majority(task: Task, train: Sequence[Example], asked: Sequence[Example]) ->
     return [[task.labels[best(of_word[word]) if word in of_word else best(every)] for word in e.words] for e in asked]
   if task.kind == 'regress':
     return [float(np.mean([e.target for e in train]))] * len(asked)
-  answers = [e.answers[0] if e.answers else '' for e in train] if task.kind == 'span' else [e.target for e in train]
+  told = {'span': lambda e: e.answers[0] if e.answers else '', 'chat': lambda e: _last(e, 'assistant')}
+  answers = list(map(told.get(task.kind, lambda e: e.target), train))
   return [collections.Counter(answers).most_common(1)[0][0]] * len(asked)
+
+
+def _last(example: Example, role: str) -> str:
+  return next(message['content'] for message in reversed(example.messages) if message['role'] == role)
 
 
 def _tfidf(task: Task, train: Sequence[Example], asked: Sequence[Example]) -> list[Any]:
@@ -62,7 +67,7 @@ def _copy(task: Task, train: Sequence[Example], asked: Sequence[Example]) -> lis
   return [e.input for e in asked]
 
 
-_FITS = {'majority': ('classify', 'regress', 'tag', 'span', 'choice'),
+_FITS = {'majority': ('classify', 'regress', 'tag', 'span', 'choice', 'text', 'chat'),
          'tfidf': ('classify', 'regress', 'retrieve', 'prefer'),
          'lead': ('text',), 'copy': ('text',)}
 BASELINES: dict[str, Baseline] = {'majority': _majority, 'tfidf': _tfidf, 'lead': _lead, 'copy': _copy}

@@ -98,7 +98,7 @@ def test_columns_of_words_are_read_by_sentence(tmp_path):
       ('x.conll:3', ('Ann', 'ran'), (1, 2)), ('x.conll:7', ('Paris',), (0,))]
   assert tasks.named_labels(dataclasses.replace(task, fields={'tags': '{{ columns[1] }}'})).labels == ('NNP', 'VBD')
   (tmp_path / 'x.conll').write_text('Ann NNP B-PER\nran VBD\n', encoding='utf-8')
-  with pytest.raises(JaxlmError, match='x.conll:2: wanted 3 columns, as the line before has'):
+  with pytest.raises(JaxlmError, match='x.conll:2: wanted 3 columns, as line 1 has, got 2'):
     list(tasks.examples(named, 'train'))
 
 
@@ -134,7 +134,7 @@ FAULTS = {
     'an empty target': ('text', [dict(text='a', label=' ')], {}, ':1: the target is empty'),
     'choices that are no list': ('choice', [dict(text='a', choices='xy', label='x')], {},
                                  r":1: field 'choices' wants a list of texts, got 'xy'"),
-    'a null': ('text', [dict(text=None, label='a')], {}, ':1: template .*: a field is null'),
+    'a null': ('text', [dict(text=None, label='a')], {}, r":1: template .*: 'text' is undefined; the record has 'label' \(null: 'text'\)"),
     'a conversation without an answer': ('chat', [dict(messages=[dict(role='user', content='a')])], {},
                                          ':1: .*assistant'),
     'places that are no numbers': ('span', [dict(text='q', answers=dict(text=['a'], answer_start=['0']))],
