@@ -79,6 +79,9 @@ def _lines(results: dict[str, Any]) -> Iterator[Line]:
       pair = found.get('paired', {}).get(measure)
       yield (name, measure, f'{value:.4f}', f'{low:.4f} to {high:.4f}', str(found['examples']),
              f'{pair["difference"]:+.4f}' if pair else '', f'{pair["p_randomization"]:.4f}' if pair else '')
+    for group, part in found.get('groups', {}).items():
+      for measure, value in part['metrics'].items():
+        yield (f'{name}: {group}', measure, f'{value:.4f}', '', str(part['examples']), '', '')
 
 
 def _harness_lines(found: dict[str, Any]) -> Iterator[Line]:

@@ -4,7 +4,6 @@ Answers do not depend on the batch they were computed in, nor on the order of ex
 goes on where it was.
 """
 import dataclasses
-import functools
 import hashlib
 import json
 import os
@@ -13,7 +12,7 @@ from typing import Any, Callable, Sequence
 import numpy as np
 from tqdm.auto import tqdm
 
-from jaxlm import heads, trees
+from jaxlm import heads, nearness, trees
 from jaxlm.data import chat, encoders, tasks, templates
 from jaxlm.data.examples import encode
 from jaxlm.data.tasks import Example, Task
@@ -233,20 +232,6 @@ def _by_head(lm: LM, task: Task, examples: Sequence[Example], terms: Terms) -> l
   return verdicts.predicted(task, examples, encoded, form, np.stack([pad(x) for x in found]))
 
 
-def _retrieved(lm: LM, task: Task, examples: Sequence[Example], terms: Terms) -> list[list[int]]:
-  """Numbers of the documents of all examples, the nearest to each query first."""
-  clip = functools.partial(_clipped, lm)
-  unit = lambda texts: (lambda x: x / np.linalg.norm(x, axis=1, keepdims=True))(
-      lm.embed([clip(text) for text in texts], batch_size=terms.batch_size))
-  cosine = unit([example.input for example in examples]) @ unit([example.second for example in examples]).T
-  return np.argsort(-cosine, axis=1, kind='stable').tolist()
-
-
-def _clipped(lm: LM, text: str) -> list[int]:
-  ids = [*lm.start, *lm.tokenizer.encode(text)]
-  return [*ids[:lm.config.seq_len - len(lm.end) - len(lm.front)], *lm.end]
-
-
 # ---- the exam ----------------------------------------------------------------------------------------------------
 
 
@@ -289,7 +274,8 @@ def hold(lm: LM, task: Task, terms: Terms = Terms(), kept: str = '') -> dict[str
   Args:
     kept: a file to which what was said is appended, and from which it is taken where it is there; '': none.
   Returns:
-    {'metrics': {name: number}, 'intervals': {name: (low, high)}, 'examples': number, 'terms', 'said': [Said as dicts]}.
+    {'metrics': {name: number}, 'intervals': {name: (low, high)}, 'examples': number, 'terms', 'said': [Said as dicts]};
+    with task.group 'groups': {group: {'metrics', 'examples'}}.
   Raises:
     JaxlmError: a task that this model cannot be asked, or a record that does not fit.
   """
@@ -299,13 +285,13 @@ def hold(lm: LM, task: Task, terms: Terms = Terms(), kept: str = '') -> dict[str
   if head is not None and lm.model.config.head.labels == head:
     said = [Said(e.id, question_text(task, e) if task.kind != 'tag' else list(e.words), answer)
             for e, answer in zip(asked, _by_head(lm, task, asked, terms))]
-  elif task.kind == 'retrieve':
-    orders = _retrieved(lm, task, asked, terms)
-    said = [Said(e.id, e.input, order[:10]) for e, order in zip(asked, orders)]
+  elif (by_embeddings := nearness.asker(task)) is not None:
+    answers = by_embeddings(lm, task, asked, terms.batch_size, terms.seed)
+    said = [Said(e.id, e.input, answer[:10] if task.kind == 'retrieve' else answer) for e, answer in zip(asked, answers)]
+    return _report(task, asked, answers, said, terms)
   else:
     said = _asked(lm, task, asked, terms, kept)
-  answers = orders if task.kind == 'retrieve' else [one.answer for one in said]
-  return _report(task, asked, answers, said, terms)
+  return _report(task, asked, [one.answer for one in said], said, terms)
 
 
 def _check_draws(task: Task, terms: Terms) -> None:
@@ -329,6 +315,10 @@ def _report(task: Task, asked: Sequence[Example], answers: Sequence[Any], said: 
   metric, rows = judged(task, asked, answers)
   found = dict(metrics=metric.total(rows), intervals=intervals.bootstrap(metric, rows, terms.seed), examples=len(asked),
                terms=dataclasses.asdict(terms))
+  if task.group:
+    groups = np.array([example.group for example in asked])
+    found['groups'] = {name: dict(metrics=metric.total(rows[groups == name]), examples=int((groups == name).sum()))
+                       for name in sorted(set(groups))}
   return found | dict(said=[dataclasses.asdict(dataclasses.replace(one, right=gold, row=row))
                             for one, gold, row in zip(said, right(task, asked), rows.tolist())])
 

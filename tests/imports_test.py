@@ -24,7 +24,7 @@ models.kernels models.blocks models.cudnn models.ring models.attention models.st
 models.stack models.transformer models.cost
 families.keys families.bijections families.* families.table
 losses preferences policies task_losses optim metrics seal checkpoint rundir sampling weights gguf transfer targets
-adapters hf reading beams speculation decode passes wording lm adopt loading harness heads evaluators journal
+adapters hf reading beams speculation decode passes wording lm adopt loading harness heads nearness evaluators journal
 exam inquiries stereotypes recall audits state distil rollouts check train lint bill search pictures forms deltas
 programs
 speed.shapes speed.ours speed.peers speed.worker speed.machine speed.duel speed.alone

@@ -46,6 +46,7 @@ class Task:
     program: template of a program, which sees what a model `said`, too; or "module:function" of (record, said) that
       gives its text. An answer is right if that passes.
     held_out: records of 100 that are held out for validation, and as many for the test, where these have no files.
+    group: template of a name, such as a subject, a source or a bucket of lengths: exams also tell of each by itself.
   """
   kind: str
   records: str = 'jsonl'
@@ -62,6 +63,7 @@ class Task:
   max_new_tokens: int = 64
   program: str = ''
   held_out: int = 10
+  group: str = ''
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,6 +81,7 @@ class Example:
     messages: of a conversation.
     answers: all that count as right, of a span or a text.
     record: as it was.
+    group: that it belongs to, or ''.
   """
   id: str
   input: str = ''
@@ -89,6 +92,7 @@ class Example:
   messages: tuple[Record, ...] = ()
   answers: tuple[str, ...] = ()
   record: Record = dataclasses.field(default_factory=dict)
+  group: str = ''
 
 
 # ---- records become examples -------------------------------------------------------------------------------------
@@ -279,7 +283,8 @@ def examples(task: Task, split: str) -> Iterator[Example]:
     texts = {}
     if task.kind not in TEXTLESS:
       texts = dict(input=make(task.input), second=make(task.second) if task.second else '')
-    yield Example(id, **(texts | kind.read(task, id, record, make)), record=record)
+    group = make(task.group) if task.group else ''
+    yield Example(id, **(texts | kind.read(task, id, record, make)), record=record, group=group)
     count += 1
   if not count:
     raise JaxlmError(f'Split {split!r} of the task is empty: {task.files.get(split) or task.records} gives no record. '
@@ -351,11 +356,12 @@ def described(values: Any, where: str) -> Task:
 
 
 _CODE = dict(max_new_tokens=64, stop=('\n\n',))
+_BY_LENGTH = '{{ "under 4k" if text | length < 4096 else "under 32k" if text | length < 32768 else "longer" }}'
 TASKS = {
     'docstring': Task('text', 'stdlib_summary', input='{{ code }}\n# What it does:', target=' {{ summary }}', **_CODE),
     'body': Task('text', 'stdlib_body', input='{{ prompt }}', target='{{ body }}', max_new_tokens=256,
                  program='jaxlm.data.stdlib_tasks:program', metric='pass@1'),
-    'stdlib': Task('document', 'stdlib_text'),
+    'stdlib': Task('document', 'stdlib_text', group=_BY_LENGTH),
     'lisp': Task('text', 'stdlib_translation', input='{{ python }}\n', target='{{ lisp }}', metric='bleu',
                  stop=('\n',), max_new_tokens=128),
     'find': Task('retrieve', 'stdlib_retrieve', input='{{ query }}', second='{{ positive }}'),
