@@ -219,11 +219,11 @@ def test_what_fits_is_said_by_name():
   assert fits.mismatch(config) == (
       "objective 'masked' needs a model of kind encoder; config.model.structure is 'decoder', which fits: causal, "
       'multi_token, fim, prefix, span, ul2, denoising, infilling, classify, multi_label, regress, tag, extract, contrast, '
-      'reward, answer, prefer, grpo.')
+      'reward, answer, prefer, grpo, ppo, kto.')
   config = config_of('prefix', 'recurrent')
   assert fits.mismatch(config).endswith("is 'decoder' of 'lstm', which fits: causal, multi_token, fim, "
-                                                'classify, multi_label, regress, tag, extract, contrast, reward, answer, '
-                                                'prefer, grpo.')
+                                        'classify, multi_label, regress, tag, extract, contrast, reward, answer, '
+                                        'prefer, grpo, ppo, kto.')
   config.model.structure = 'encoder'
   assert 'no objective; set config.model.mixer to attention' in fits.mismatch(config)
   config.objective.name = 'my_lab.ideas:objective'

@@ -136,6 +136,7 @@ def test_print_config_shows_the_resolved_config_and_what_differs(capsys):
   assert set(differences.splitlines()) == {
       'config.steps = 7  # default 1000', 'config.optim.total_steps = 7  # default 1000',
       'config.seq_len = 64  # default 1024', 'config.objective.grpo.max_new_tokens = 32  # default 512',
+      'config.objective.ppo.max_new_tokens = 32  # default 512',
       'config.model.max_length = 64  # default 1024',
       'config.model.positions.rope.original_length = 64  # default 1024'}
 

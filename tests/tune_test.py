@@ -239,8 +239,8 @@ def test_the_same_document_of_another_row_is_not_a_wrong_one():
   assert float(total) == pytest.approx(nll(0, 0, [1]) + nll(1, 1, [0, 2]) + nll(2, 2, [1]), rel=1e-4)
 
 
-@pytest.mark.parametrize('loss', ['dpo', 'ipo', 'orpo', 'simpo'])
-@pytest.mark.parametrize('method', ['none', 'lora'])
+@pytest.mark.parametrize('loss, method', [('dpo', 'none'), ('ipo', 'none'), ('orpo', 'none'), ('simpo', 'none'),
+                                          ('dpo', 'lora'), ('orpo', 'lora')])
 def test_preferences_are_learned_beside_a_reference_that_stays(loss, method, world, tmp_path):
   tasks, runs = world
   config = tuned(tasks, 'prefer', 'prefer', start=runs['decoder'], **{
@@ -257,8 +257,7 @@ def test_preferences_are_learned_beside_a_reference_that_stays(loss, method, wor
   np.testing.assert_allclose(losses(f'{tmp_path}/many'), losses(f'{tmp_path}/run'), rtol=2e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize('name', ['prefer', 'liked'])
-@pytest.mark.parametrize('method', ['none', 'lora'])
+@pytest.mark.parametrize('name, method', [('prefer', 'none'), ('liked', 'lora')])
 def test_single_answers_are_learned_from_pairs_or_alone(name, method, world, tmp_path):
   tasks, runs = world
   found = []
