@@ -1,4 +1,6 @@
-"""A function's own summary rather than another's: accuracy not measured yet.
+"""A function's own summary rather than another's: likelier by token in 0.641 (0.598 to 0.683) of held-out pairs, where chance
+has 0.5 and the summary that shares more words by TF-IDF 0.675 (0.633 to 0.713), which this does not reach; 300 steps, 12
+minutes beside other work.
 
   python -m jaxlm.main --config=experiments/dpo.py:start=runs/summarize
   python -m jaxlm.main --config=experiments/dpo.py:start=runs/summarize,loss=simpo

@@ -1,4 +1,5 @@
-"""The function that a docstring describes, found among all: nDCG@10 not measured yet; the baseline is TF-IDF.
+"""The function that a docstring describes, found among all: nDCG@10 0.333 (0.301 to 0.364) among 513 held-out ones, where
+TF-IDF has 0.349 (0.316 to 0.383; in pairs p = 0.4), which this does not reach; 200 steps, 10 minutes beside other work.
 
   python -m jaxlm.main --config=experiments/embed.py:start=runs/encoder
   python -m jaxlm.evaluate --model=runs/embed-start=runs-encoder --tasks=find
