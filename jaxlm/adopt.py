@@ -1,6 +1,5 @@
 """What a run takes over from another: weights it begins with, or stays beside; and what begins from those."""
 import dataclasses
-import functools
 import os
 import re
 from typing import Any
@@ -79,21 +78,23 @@ def pinned(config: Any, before: Any) -> Any:
   Args:
     before: the run's config where it has begun, or None.
   """
-  delta, found = config.model.peft.method != 'none', config
-  for group, key, stays in (('checkpoint', 'init_from', delta), ('loss.teacher', 'path', True)):
-    at = lambda tree: functools.reduce(lambda node, part: node[part], group.split('.'), tree)
-    name = 'init_step' if key == 'init_from' else 'step'
-    path = at(config)[key]
-    if not stays or not path or at(config)[name] or hf.recognises(path):
-      continue
-    step = at(before)[name] if before is not None else 0
-    if not step:
-      with Checkpoints(os.path.join(path, 'checkpoints'), read_only=True) as checkpoints:
-        step = checkpoints.latest_valid() or 0
-    found = found.copy_and_resolve_references()
-    with found.unlocked():
-      at(found)[name] = step
-  return found
+  steps = {}
+  if config.model.peft.method != 'none':
+    steps['checkpoint.init_step'] = (config.checkpoint.init_from, lambda config: config.checkpoint.init_step)
+  steps['loss.teacher.step'] = (config.loss.teacher.path, lambda config: config.loss.teacher.step)
+  found = {key: (before and of(before)) or _newest(path) for key, (path, of) in steps.items()
+           if path and not of(config) and not hf.recognises(path)}
+  if not found:
+    return config
+  config = config.copy_and_resolve_references()
+  config.update_from_flattened_dict(found)
+  return config
+
+
+def _newest(path: str) -> int:
+  """The newest valid checkpoint of a run; 0: none."""
+  with Checkpoints(os.path.join(path, 'checkpoints'), read_only=True) as checkpoints:
+    return checkpoints.latest_valid() or 0
 
 
 def begun(params: Tree, model: Transformer, tokenizer: Any, seed: int) -> Tree:

@@ -286,7 +286,7 @@ def _data(config: ConfigDict) -> Iterator[str]:
       yield (f'config.data.mixture: {name!r} cannot name a source: metrics are eval/<name>/…, and "heldout" is all '
              'sources together; choose another.')
   for name, source, paths, _ in entries:
-    if source == 'stdlib' and paths not in ('', 'train', 'validation', 'test'):
+    if source == 'stdlib' and paths not in ('', *sources.SPLITS):
       yield (f'config.data.paths={paths!r}, but the source {name!r} is the standard library, which has no paths but train, '
              "validation and test, the splits of its tasks; set config.data.source to 'text', 'jsonl' or what the files are.")
   for name, source, _, _ in data.mixture:

@@ -54,12 +54,10 @@ class Teacher:
 
 
 def _by_pieces(say: Any, pieces: int, params: Any, batch: dict[str, Array]) -> dict[str, Array]:
-  """What is said of every piece's rows; the rows of a piece are spread over the batch, as devices are."""
+  """What is said of every piece's rows."""
   if pieces == 1:
     return say(params, batch)
-  cut = lambda x: jnp.swapaxes(x.reshape(-1, pieces, *x.shape[1:]), 0, 1)
-  join = lambda x: jnp.swapaxes(x, 0, 1).reshape(-1, *x.shape[2:])
-  return jax.tree.map(join, jax.lax.map(functools.partial(say, params), jax.tree.map(cut, batch)))
+  return sharding.rejoined(jax.lax.map(functools.partial(say, params), sharding.microbatches(batch, pieces)))
 
 
 def _words(model: Transformer, params: Any, batch: dict[str, Array], vocabulary: losses.Vocabulary, top_k: int,

@@ -149,9 +149,9 @@ def save_generation(source: Path, folder: Path, model: ModelConfig) -> None:
   if (source / GENERATION).is_file():
     write_json(folder / GENERATION, read_json(source / GENERATION))
   elif model.head.lm and model.structure != 'encoder':
-    config = read_json(folder / 'config.json')
-    ids = {key: config[key] for key in (*(f'{role}_token_id' for role in SPECIAL), 'decoder_start_token_id')
-           if config.get(key) is not None}
+    saved = read_json(folder / 'config.json')
+    ids = {key: saved[key] for key in (*(f'{role}_token_id' for role in SPECIAL), 'decoder_start_token_id')
+           if saved.get(key) is not None}
     write_json(folder / GENERATION, dict(_from_model_config=True, **ids))
 
 

@@ -90,7 +90,7 @@ class Meter:
     self._began += time.perf_counter() - start
 
   def read(self, tokens: int) -> dict[str, float]:
-    """train/tokens_per_s (those that are read; targets may be fewer) and train/mfu since the reading before the last, at so many tokens in all.
+    """train/tokens_per_s and train/mfu since the reading before the last, at so many tokens read in all.
 
     A step is told of while the next one runs, but before a save at once: over two readings that evens out.
     """

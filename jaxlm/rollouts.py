@@ -224,7 +224,7 @@ class Rollouts:
     numbers = np.concatenate([rows[::group] for rows in asked]).repeat(group)
     prompts = [writer.prompt(train, number) for number in numbers]
     seed = int(np.random.SeedSequence((self._config.seed, step)).generate_state(1)[0])
-    policy = {key: value for key, value in params.items() if key != task_losses.REFERENCE}
+    policy = task_losses.without_reference(params)
     answers = writer.write(policy, prompts, Sampling(self._settings.temperature, seed=seed))
     rewards = writer.grade([self._asked[train.record[number]] for number in numbers], answers)
     ends = np.cumsum([0, *map(len, asked)])
@@ -261,7 +261,7 @@ class ByGroup:
 
   def __call__(self, params: Tree, batches: Sequence[Batch],
                rewards: Sequence[np.ndarray]) -> tuple[list[Batch], list[Said]]:
-    policy = {key: value for key, value in params.items() if key != task_losses.REFERENCE}
+    policy = task_losses.without_reference(params)
     found = []
     for batch, rewards_B in zip(batches, rewards):
       rewards_BG = rewards_B.reshape(-1, self._settings.group)
@@ -320,7 +320,7 @@ class Graded(Evaluators):
 
   def measure(self, params: Tree, going_on: Callable[[], None] = lambda: None) -> dict[str, float]:
     """eval/validation/…: as `Evaluators`, and `reward`."""
-    params = {key: value for key, value in params.items() if key != task_losses.REFERENCE}
+    params = task_losses.without_reference(params)
     found, data = super().measure(params, going_on), self._writer.data
     prompts = [self._writer.prompt(data.validation, row) for row in range(len(data.validation))]
     answers = self._writer.write(params, prompts, Sampling())

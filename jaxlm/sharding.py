@@ -5,6 +5,7 @@ from typing import Any, Callable, Mapping, Sequence
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -266,6 +267,19 @@ OPTIONS = {
     'tpu': {f'xla_tpu_enable_async_collective_fusion{part}': True
             for part in ('', '_fuse_all_gather', '_multiple_steps')} | {'xla_tpu_overlap_compute_collective_tc': True},
 }
+
+
+def microbatches(batch: dict[str, Array], number: int) -> dict[str, Array]:
+  """Arrays of rows as so many microbatches, [number, rows / number, ...].
+
+  Strided: contiguous rows of a batch split over devices would be gathered.
+  """
+  return {key: jnp.swapaxes(x.reshape(-1, number, *x.shape[1:]), 0, 1) for key, x in batch.items()}
+
+
+def rejoined(micros: dict[str, Array]) -> dict[str, Array]:
+  """The inverse of `microbatches`."""
+  return {key: jnp.swapaxes(x, 0, 1).reshape(-1, *x.shape[2:]) for key, x in micros.items()}
 
 
 def compiler_options(platform: str, more: Sequence[tuple[str, Any]] = ()) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from jaxlm.models import peft, stack, stages
 from jaxlm.models.config import freeze
 from jaxlm.models.transformer import Transformer
 from jaxlm.sharding import Layout
-from jaxlm.task_losses import REFERENCE, needs_reference
+from jaxlm.task_losses import REFERENCE, needs_reference, without_reference
 from jaxlm.types import Array, LossScale, TrainState, Tree
 
 FIRST_SCALE = 64.0  # of the sum of losses over a batch: of a mean over 1,000 targets it would be 64,000
@@ -146,7 +146,7 @@ def init_state(model: Transformer, config: Any) -> Shapes:
     return placed_wide.replace(params=placed(state.params, params, layout)), placed(state.params, params, wider)
 
   shapes, frozen = jax.eval_shape(make, key)
-  laid_out = trees.combine({key: value for key, value in frozen.items() if key != REFERENCE}, shapes.params)
+  laid_out = trees.combine(without_reference(frozen), shapes.params)
   state, wide = placed_state(shapes, laid_out, layout)
   if config.sharding.offload_optimizer:
     sharding.check_host_memory(layout.mesh.devices.flat, 'config.sharding.offload_optimizer')

@@ -142,7 +142,8 @@ def prefer_loss(model: Transformer, vocabulary: Vocabulary, config: Any, params:
   preference, reference = PREFERENCES[settings.loss], None
   if preference.reference:
     reference = jax.lax.stop_gradient(_pairs(base, vocabulary, kept, batch, None)[0])
-  chosen = {'dpo': dict(beta=settings.beta, label_smoothing=settings.smoothing), 'ipo': dict(beta=settings.beta, by_token=settings.by_token),
+  chosen = {'dpo': dict(beta=settings.beta, label_smoothing=settings.smoothing),
+            'ipo': dict(beta=settings.beta, by_token=settings.by_token),
             'orpo': dict(odds_weight=settings.odds_weight), 'simpo': dict(beta=settings.beta, margin=settings.margin)}
   total, told = preference.loss(policy, reference, batch['label_weights'], **chosen[settings.loss])
   return _with_extra(model, output, batch['label_weights'], total, told)
@@ -155,9 +156,14 @@ def _with_extra(model: Transformer, output: Output, weight_B: Array, total: Arra
   return total, told | {'objective': (total, told['objective'][1])}
 
 
+def without_reference(params: Tree) -> Tree:
+  """All parameters but the copy of the policy at the start."""
+  return {key: value for key, value in params.items() if key != REFERENCE}
+
+
 def _apart(model: Transformer, params: Tree) -> tuple[Tree, Transformer, Tree]:
   """(the policy's parameters; the reference, and its: the copy that was kept, or the model without its delta)."""
-  kept, params = params.get(REFERENCE), {key: value for key, value in params.items() if key != REFERENCE}
+  kept, params = params.get(REFERENCE), without_reference(params)
   if kept is not None:
     return params, model, kept
   base = model.clone(config=dataclasses.replace(model.config, peft=type(model.config.peft)()))

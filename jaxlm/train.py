@@ -57,11 +57,9 @@ def make_step(loss_fn: LossFn, shapes: Shapes, config: Any):
   def accumulated(params, frozen, batch, rng, scale):
     if config.accumulation == 1:
       return gradients(params, frozen, batch, rng, scale)
-    # Strided: contiguous microbatches of a batch split over devices would be gathered.
-    cut = lambda x: jnp.swapaxes(x.reshape(-1, config.accumulation, *x.shape[1:]), 0, 1)
     one = lambda _, micro: (None, gradients(params, frozen, micro, rng, scale))
     add = lambda total, micro: (jax.tree.map(jnp.add, total, one(None, micro)[1]), None)
-    micros = jax.tree.map(cut, batch)
+    micros = sharding.microbatches(batch, config.accumulation)
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32),
                          jax.eval_shape(lambda m: one(None, m)[1], jax.tree.map(lambda x: x[0], micros)))
     return jax.lax.scan(add, zeros, micros)[0]

@@ -212,16 +212,15 @@ def prepare(config: Any, roles: Sequence[str] = (), kinds: Sequence[str] = tuple
   tokenizer = tokenizers.resolve(config.data.tokenizer)
   tokenizer = tokenizer.with_roles(roles) if tokenizer else store.prepare(config, roles).tokenizer
   heads = len(task.labels) or (1 if task.kind == 'regress' else 0)
-  by_labels = config.objective.name != 'kto'
-  if by_labels and heads and config.model.head.num_labels != heads:
+  kind = 'single' if config.objective.name == 'kto' else task.kind
+  if kind == task.kind and heads and config.model.head.num_labels != heads:
     raise JaxlmError(f'config.model.head.num_labels={config.model.head.num_labels}, but task {config.data.task!r} has '
                      f'{heads} labels; set it to {heads}.')
   form = form_of(config, tokenizer)
   read = {split: drawn(list(tasks.examples(task, split)), config) for split in ('train', 'validation')}
-  if not by_labels:
+  if kind == 'single':
     read = {split: singled(task, examples, config.objective.kto.good) for split, examples in read.items()}
-  train, validation = (encode(task, split, form, examples, '' if by_labels else 'single')
-                       for split, examples in read.items())
+  train, validation = (encode(task, split, form, examples, kind) for split, examples in read.items())
   validation = beginning(validation, config.eval.max_tokens)
   measured = tuple(read['validation'][:validation.record[-1] + 1])
   return Prepared(tokenizer, TaskData(task, form, train, validation, measured))

@@ -12,7 +12,6 @@ from jaxlm.data.files import decoded, lines, matching
 from jaxlm.errors import JaxlmError
 from jaxlm.lookup import lookup
 
-SPLITS = ('train', 'validation', 'test')
 Record = Mapping[str, Any]
 
 
@@ -127,19 +126,19 @@ def of_split(reader: str, files: Mapping[str, str], split: str, held_out: int) -
   Args:
     reader: a key of READERS or BUILT_IN, or "module:function" of a split.
     files: {split: globs joined by commas}; a split without files is held out of `train`, by record.
-    split: one of SPLITS.
+    split: one of sources.SPLITS.
     held_out: records of 100 that are held out for validation, and as many for the test.
   Raises:
     JaxlmError: no such split, no files, or a line that is no record.
   """
-  if split not in SPLITS:
-    raise JaxlmError(f'A task has the splits {", ".join(SPLITS)}; got {split!r}.')
+  if split not in sources.SPLITS:
+    raise JaxlmError(f'A task has the splits {", ".join(sources.SPLITS)}; got {split!r}.')
   if reader not in READERS:
     yield from lookup(BUILT_IN, reader, 'reader of records')(split)
     return
   if split in files:
     found = READERS[reader](files[split], split)
-    missing = {other for other in SPLITS if other not in files} if split == 'train' else set()
+    missing = {other for other in sources.SPLITS if other not in files} if split == 'train' else set()
     yield from ((id, record) for id, record in found if _part(id, held_out) not in missing)
   elif 'train' in files:
     yield from ((id, record) for id, record in READERS[reader](files['train'], 'train')

@@ -11,6 +11,7 @@ from jaxlm.errors import JaxlmError
 from jaxlm.lookup import lookup
 
 
+SPLITS = ('train', 'validation', 'test')
 SALT = 1807  # of splits: with it each of them has modules whose doctests can be run
 
 
@@ -50,7 +51,7 @@ def stdlib(data, paths: str) -> Source:
                  if not left_out & set(p.relative_to(root).parts) and p.is_file()
                  and not p.name.startswith('_sysconfigdata'))  # that one describes the machine Python was built on
   if paths:
-    lookup(dict.fromkeys(('train', 'validation', 'test')), paths, 'split of the standard library')
+    lookup(dict.fromkeys(SPLITS), paths, 'split of the standard library')
     names = [name for name in names if split_of(name) == paths]
   if not names:
     raise JaxlmError(f'This Python has no standard library source under {root}; set config.data.source=text and '

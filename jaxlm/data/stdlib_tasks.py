@@ -190,7 +190,7 @@ def records(task: str, split: str) -> Iterator[dict]:
     JaxlmError: no such task or split.
   """
   lookup(RECORDS, task, 'task')
-  lookup(dict.fromkeys(('train', 'validation', 'test')), split, 'split')
+  lookup(dict.fromkeys(sources.SPLITS), split, 'split')
   scored = lambda record: split != 'test' or task != 'body' or record['doctests']  # a test without examples says nothing
   return (record for record in _all(task)
           if sources.split_of(record['id'], by_file=task not in WITHIN_FILES) == split and scored(record))

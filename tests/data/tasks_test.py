@@ -5,7 +5,7 @@ import json
 import pytest
 
 from jaxlm.data import tasks
-from jaxlm.data.records import SPLITS
+from jaxlm.data.sources import SPLITS
 from jaxlm.data.tasks import Task
 from jaxlm.errors import JaxlmError
 
