@@ -13,7 +13,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 ORDER = """
 errors types lastwords folders cluster lookup hardware hlo liveness ranges schema config trees sums sharding
 rows answers masking spans orders middles pairs prompts fits objectives
-data.words data.pieces data.tokenizers data.templates data.chat data.files data.tables data.tokenfiles data.lisp
+data.words data.pieces data.tokenizers data.templates data.chat data.files data.tables data.tokenfiles data.lisp data.wordkinds
 data.sources data.stdlib_tasks
 data.shards data.mixtures data.records data.expressions data.tasks data.store data.suffixes data.exports data.plans
 data.encoders data.examples data.pipeline

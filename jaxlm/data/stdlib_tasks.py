@@ -9,16 +9,13 @@ import doctest
 import functools
 import inspect
 import io
-import keyword
 import re
 import textwrap
-import token
-import tokenize
 import warnings
 from pathlib import Path
 from typing import Iterator, NamedTuple
 
-from jaxlm.data import lisp, sources
+from jaxlm.data import lisp, sources, wordkinds
 from jaxlm.lookup import lookup
 
 MIN_WORDS = 4                            # of a docstring; a shorter one says nothing
@@ -29,9 +26,6 @@ TABLES = {'encodings', 'pydoc_data'}     # modules that are large for their tabl
 STATEMENT = range(24, 73)                # characters of a statement that is translated
 FORMS = 3                                # in its translation, at least
 MIN_SPAN_WORDS, MAX_SPAN_WORDS, MAX_WORD = 16, 64, 40
-KINDS = ('KEYWORD', 'NAME', 'CALL', 'FUNCTION', 'CLASS', 'NUMBER', 'STRING', 'COMMENT')
-TAGS = ('O', *(f'{place}-{kind}' for kind in KINDS for place in 'BI'))
-TWO_WORDS = {('not', 'in'), ('is', 'not'), ('async', 'def'), ('async', 'for'), ('async', 'with'), ('yield', 'from')}
 
 
 # ---- the library -------------------------------------------------------------------------------------------------
@@ -315,71 +309,8 @@ def proofs(record: dict) -> tuple[str, str]:
 # ---- words and their kinds ---------------------------------------------------------------------------------------
 
 
-def _whole_strings(tokens: list[tokenize.TokenInfo], lines: tuple[str, ...]) -> Iterator[tuple[str, str, int]]:
-  """(type, text, line) of each token; an f-string is one, as it was before Python 3.12."""
-  depth, begin = 0, (0, 0)
-  for each in tokens:
-    name = token.tok_name[each.type]
-    if name.endswith('STRING_START'):
-      begin = begin if depth else each.start
-      depth += 1
-    elif name.endswith('STRING_END'):
-      depth -= 1
-      if not depth:
-        (first, left), (last, right) = begin, each.end
-        text = ''.join(lines[first - 1:last])
-        yield 'STRING', text[left:len(text) - len(lines[last - 1]) + right], first
-    elif not depth:
-      yield name, each.string, each.start[0]
-
-
-def _kind(name: str, before: str, after: str) -> str:
-  if before in ('def', 'class'):
-    return 'FUNCTION' if before == 'def' else 'CLASS'
-  return 'CALL' if after == '(' else 'NAME'
-
-
-def _tagged(line: list[tuple[str, str, int]]) -> Iterator[tuple[str, str]]:
-  """(word, tag) of a logical line: dotted names, strings that stand side by side and comments are spans of words."""
-  line = [(name, text) for name, text, _ in line if text.strip()]
-  before, i = ('', ''), 0
-  while i < len(line):
-    name, text = line[i]
-    end = i + 1
-    if name in ('STRING', 'COMMENT'):
-      words, kind = text.split(), name
-      inside = name == 'STRING' == before[0]
-    elif name == 'NAME' and keyword.iskeyword(text):
-      words, kind, inside = [text], 'KEYWORD', (before[1], text) in TWO_WORDS
-    elif name == 'NAME':
-      while (end + 1 < len(line) and line[end][1] == '.' and line[end + 1][0] == 'NAME'
-             and not keyword.iskeyword(line[end + 1][1])):
-        end += 2
-      words, inside = [word for _, word in line[i:end]], False
-      kind = _kind(text, before[1], line[end][1] if end < len(line) else '')
-    else:
-      words, kind, inside = [text], 'NUMBER' if name == 'NUMBER' else '', False
-    for j, word in enumerate(words):
-      yield word, f'{"I" if inside or j else "B"}-{kind}' if kind else 'O'
-    before, i = line[end - 1], end
-
-
-def _logical_lines(lines: tuple[str, ...]) -> Iterator[tuple[int, list[tuple[str, str]]]]:
-  """(number of its first line, its tagged words) of each logical line, with comments above it."""
-  tokens = [*tokenize.generate_tokens(iter(lines).__next__)]
-  group: list[tuple[str, str, int]] = []
-  for each in _whole_strings(tokens, lines):
-    if each[0] in ('INDENT', 'DEDENT', 'NL', 'ENCODING', 'ENDMARKER'):
-      continue
-    if each[0] != 'NEWLINE':
-      group.append(each)
-    elif group:
-      yield group[0][2], [*_tagged(group)]
-      group = []
-
-
 def token_kinds(modules: tuple[Module, ...] | None = None) -> Iterator[dict]:
-  """A few lines of code as words -> what each is, in BIO: id, words, tags (of TAGS).
+  """A few lines of code as words -> what each is, in BIO: id, words, tags (of `wordkinds.TAGS`).
 
   Args:
     modules: those to read; the whole library by default.
@@ -387,7 +318,7 @@ def token_kinds(modules: tuple[Module, ...] | None = None) -> Iterator[dict]:
   seen = set()
   for module in library() if modules is None else modules:
     start, pairs = 0, []
-    for number, line in _logical_lines(module.lines):
+    for number, line in wordkinds.logical_lines(module.lines):
       if len(line) > MAX_SPAN_WORDS or any(len(word) > MAX_WORD for word, _ in line):
         pairs = []
         continue

@@ -12,7 +12,7 @@ from typing import Any, Callable, Iterator, Mapping
 
 import numpy as np
 
-from jaxlm.data import records, stdlib_tasks, templates
+from jaxlm.data import records, templates, wordkinds
 from jaxlm.data.expressions import listed, made
 from jaxlm.data.records import Record
 from jaxlm.errors import JaxlmError
@@ -365,7 +365,7 @@ TASKS = {
     'lisp': Task('text', 'stdlib_translation', input='{{ python }}\n', target='{{ lisp }}', metric='bleu',
                  stop=('\n',), max_new_tokens=128),
     'find': Task('retrieve', 'stdlib_retrieve', input='{{ query }}', second='{{ positive }}'),
-    'kinds': Task('tag', 'stdlib_token_kinds', labels=stdlib_tasks.TAGS),
+    'kinds': Task('tag', 'stdlib_token_kinds', labels=wordkinds.TAGS),
     'module': Task('classify', 'stdlib_module'),
     'default': Task('span', 'stdlib_default', input='{{ question }}', second='{{ context }}'),
     'assistant': Task('chat', 'stdlib_chat'),

@@ -10,7 +10,7 @@ import textwrap
 
 import pytest
 
-from jaxlm.data import stdlib_tasks
+from jaxlm.data import stdlib_tasks, wordkinds
 from jaxlm.errors import JaxlmError
 from jaxlm.measure import sandbox
 
@@ -123,7 +123,7 @@ def test_tags_are_bio_and_words_are_the_code(tasks, lines):
     assert len(record['words']) == len(record['tags']) <= stdlib_tasks.MAX_SPAN_WORDS
     assert not any(re.search(r'\s', word) or not word for word in record['words'])
     for before, tag in zip(['O', *record['tags']], record['tags']):
-      assert tag in stdlib_tasks.TAGS and (tag[0] != 'I' or before[1:] == tag[1:])
+      assert tag in wordkinds.TAGS and (tag[0] != 'I' or before[1:] == tag[1:])
     path, _, number = record['id'].partition(':')
     text = ''.join(lines[path][int(number) - 1:int(number) + 30])
     squeeze = lambda t: re.sub(r'[\s\\]', '', t)
