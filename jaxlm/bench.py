@@ -25,12 +25,11 @@ import json
 import os
 from typing import Any, Callable, Iterator, Sequence
 
-from absl import flags
-
 from jaxlm import programs
 from jaxlm.errors import JaxlmError
 from jaxlm.lookup import lookup
 
+flags = programs.Flags()
 SUITES = flags.DEFINE_list('suites', ['train', 'decode'], 'What to measure.')
 AGAINST = flags.DEFINE_list('against', [], 'Peers of train and decode: transformers, transformers-compiled.')
 SHAPES = flags.DEFINE_list('shapes', [], 'Models of train and decode; by default those for the device that is there.')

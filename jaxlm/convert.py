@@ -21,11 +21,10 @@ import uuid
 from pathlib import Path
 from typing import Iterator
 
-from absl import flags
-
 from jaxlm import deltas, forms, hf, programs, targets, transfer
 from jaxlm.errors import JaxlmError
 
+flags = programs.Flags()
 _FROM = flags.DEFINE_string('from', None, 'A run directory, a Hugging Face folder, a GGUF file, or an adapter of the '
                             'peft package.')
 _TO = flags.DEFINE_string('to', None, 'What to write: a new folder.')

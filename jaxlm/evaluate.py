@@ -20,11 +20,10 @@ import json
 import os
 from typing import Any, Iterator
 
-from absl import flags
-
 from jaxlm import programs
 from jaxlm.errors import JaxlmError
 
+flags = programs.Flags()
 _MODEL = flags.DEFINE_string('model', None, 'A run directory, a Hugging Face folder, or a GGUF file.')
 _TASKS = flags.DEFINE_list('tasks', [], 'Tasks, joined by commas.')
 _HARNESS = flags.DEFINE_list('harness', [], 'Tasks of lm-eval, joined by commas; with * several are meant.')

@@ -7,11 +7,10 @@
 
 Prints each prompt with its continuation; several are separated by a line of dashes.
 """
-from absl import flags
-
 from jaxlm import programs
 from jaxlm.errors import JaxlmError
 
+flags = programs.Flags()
 _MODEL = flags.DEFINE_string('model', None, 'A run directory, a Hugging Face folder, or a GGUF file.')
 _PROMPT = flags.DEFINE_multi_string('prompt', [], 'Text to continue; may be given several times.')
 _PROMPT_FILE = flags.DEFINE_multi_string('prompt_file', [], 'A file whose whole text is a prompt; may be repeated.')

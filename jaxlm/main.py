@@ -7,11 +7,10 @@ Exit codes: 0 done, 1 the run failed, 2 something to mend (one line each on stde
 """
 import os
 
-from absl import flags
-
 from jaxlm import cluster, programs
 from jaxlm import config as config_module
 
+flags = programs.Flags()
 programs.define_config()
 WORKDIR = flags.DEFINE_string('workdir', None, 'Run directory; runs/<experiment> with its arguments by default.')
 ALLOW_CHANGE = flags.DEFINE_list('allow_change', [], 'What a resumed run may change, by commas: model, objective, '

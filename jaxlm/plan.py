@@ -9,11 +9,10 @@ formula, and the table says which.
 import json
 import os
 
-from absl import flags
-
 from jaxlm import hardware, programs
 from jaxlm.errors import JaxlmError
 
+flags = programs.Flags()
 programs.define_config()
 DEVICES = flags.DEFINE_integer('devices', 0, 'How many devices; 0: as many as config.mesh multiplies out to.',
                                lower_bound=0)

@@ -6,13 +6,12 @@
 A run prepares its data itself; this does it beforehand, on a machine that needs no accelerator. --export also writes
 the documents, tokens and all, as other programs read them.
 """
-from absl import flags
-
 from jaxlm import programs
 from jaxlm.data import exports, store
 from jaxlm.errors import JaxlmError
 from jaxlm.lookup import lookup
 
+flags = programs.Flags()
 EXPORT = flags.DEFINE_string('export', None, f'Also write the documents as one of {", ".join(exports.FORMATS)}.')
 TO = flags.DEFINE_string('to', None, 'The new folder they go to.')
 

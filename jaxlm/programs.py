@@ -3,6 +3,7 @@
 Exit codes: 0 done; 1 the run failed; 2 the user can mend it, one line each on stderr; 75 preempted after saving.
 """
 import errno
+import functools
 import importlib.util
 import inspect
 import os
@@ -22,6 +23,16 @@ from jaxlm.lookup import nearest
 DONE, FAILED, USER_ERROR, PREEMPTED = 0, 1, 2, 75
 
 _overrides: list[tuple[str, str]] = []  # of the command line that was parsed last: (key, text)
+
+
+class Flags:
+  """A program's own flags, DEFINE_string and the others as absl has them; programs of one process may share names."""
+
+  def __init__(self):
+    self.values = flags.FlagValues()
+
+  def __getattr__(self, name: str):
+    return functools.partial(getattr(flags, name), flag_values=self.values)
 
 
 def define_config() -> None:
@@ -113,7 +124,10 @@ def experiment_name() -> str:
 
 
 def run(main: Callable[[list[str]], None], argv: list[str] | None = None) -> None:
-  """Parses flags, runs `main`, exits; the last line of every program."""
+  """Parses flags, runs `main`, exits; the last line of every program.
+
+  Its flags are those of a `Flags` named `flags` in the module of `main`.
+  """
   wanted = surroundings(os.environ)
   if argv is None and wanted.get(PAGES) != os.environ.get(PAGES) and _is_the_program(main):
     os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], wanted)
@@ -155,12 +169,15 @@ def _is_the_program(main: Callable[[list[str]], None]) -> bool:
 
 
 def outcome(main: Callable[[list[str]], None], argv: list[str]) -> int:
-  """The exit code of `main` under the flags in `argv`, its errors told."""
+  """The exit code of `main` under the flags in `argv` alone, its errors told."""
+  module = sys.modules[main.__module__]
+  own = getattr(module, 'flags', None)
+  own = own if isinstance(own, Flags) else Flags()
   if any(arg in ('--help', '-help', '-h', '--helpfull') for arg in argv[1:]):
-    print(_help(sys.modules[main.__module__]))
+    print(_help(module.__doc__, own))
     return DONE
   try:
-    main(_parse(argv))
+    main(_parse(argv, own))
     return DONE
   except Preempted as e:
     print(f'preempted: {e}', file=sys.stderr)
@@ -191,23 +208,31 @@ def _told(message: str) -> int:
   return USER_ERROR
 
 
-def _help(module) -> str:
+def _help(told: str, own: Flags) -> str:
   """The program's docstring and all its flags."""
-  told = [flags.FLAGS.module_help(owner) for owner in (sys.modules[__name__], module)]
-  shown = [line for text in told for line in text.splitlines() if line.startswith('  ')]  # not the modules' names
-  return module.__doc__.strip() + '\n\nFlags:\n' + '\n'.join(shown)
+  texts = [flags.FLAGS.module_help(sys.modules[__name__]), own.values.get_help(include_special_flags=False)]
+  shown = [line for text in texts for line in text.splitlines() if line.startswith('  ')]  # not the modules' names
+  return told.strip() + '\n\nFlags:\n' + '\n'.join(shown)
 
 
-def _parse(argv: list[str]) -> list[str]:
-  """Reads flags from argv and returns the rest; what absl raises becomes one clear line."""
+def _parse(argv: list[str], own: Flags) -> list[str]:
+  """Reads flags from argv, forgets those of before, and returns the rest; what absl raises becomes one clear line."""
   _overrides.clear()
   if 'config' in flags.FLAGS and flags.FLAGS.find_module_defining_flag('config') == __name__:
     argv, given = _split(argv)
     _overrides.extend(given)
+  every = flags.FlagValues()
+  every.append_flag_values(own.values)
+  for name in flags.FLAGS:
+    if name == flags.FLAGS[name].name and name not in every:
+      every[name] = flags.FLAGS[name]
+  every.unparse_flags()
   try:
-    rest = flags.FLAGS(argv, known_only=False)
+    rest = every(argv, known_only=False)
+    for values in (own.values, flags.FLAGS):
+      values.mark_as_parsed()
   except flags.UnrecognizedFlagError as e:
-    known = [name for name in flags.FLAGS if len(name) > 1]
+    known = [name for name in every if len(name) > 1]
     raise JaxlmError(f'Unknown flag --{e.flagname}.{nearest(e.flagname, known)} --help lists them.') from e
   except flags.Error as e:
     raise JaxlmError(str(e).splitlines()[0].removesuffix('.') + '.') from e

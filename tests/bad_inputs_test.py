@@ -17,7 +17,6 @@ import subprocess
 import sys
 from typing import Callable, Mapping
 
-from absl import flags
 import pytest
 
 TINY = '''"""Two layers of width 32 on the text files beside it."""
@@ -606,12 +605,7 @@ def inside(folder):
 def program(*argv: str) -> int:
   """`python -m jaxlm.main` in this process; its exit code."""
   from jaxlm import main, programs
-  try:
-    return programs.outcome(main.main, ['jaxlm.main', *argv])
-  finally:
-    for module in (main, programs):
-      for flag in flags.FLAGS.get_flags_for_module(module.__name__):
-        flag.unparse()
+  return programs.outcome(main.main, ['jaxlm.main', *argv])
 
 
 @pytest.fixture(scope='session')

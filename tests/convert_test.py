@@ -49,11 +49,7 @@ def make(folder, dtype=np.float32, **more):
 
 def run(*flags):
   """The exit code of the program."""
-  try:
-    return programs.outcome(convert.main, ['convert', *flags])
-  finally:
-    for name in ('from', 'to', 'form', 'base', 'merge', 'save_dtype', 'shard_bytes', 'step'):
-      convert.flags.FLAGS[name].unparse()
+  return programs.outcome(convert.main, ['convert', *flags])
 
 
 def same(a, b):

@@ -1,13 +1,11 @@
 """The program: it tells what the model was given and said, whatever the batch and however often it was stopped."""
 import hashlib
-import importlib
 import json
 import math
 import os
 
 os.environ['HF_DATASETS_OFFLINE'] = '1'
 
-from absl import flags
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -16,7 +14,7 @@ import pytest
 
 import jaxlm
 from jaxlm import config as base
-from jaxlm import exam, programs, sharding
+from jaxlm import evaluate, exam, programs, sharding
 from jaxlm.checkpoint import Checkpoints
 from jaxlm.data import tokenizers
 from jaxlm.lm import LM
@@ -28,29 +26,9 @@ WORDS = 'cat dog sun moon tree lake fire snow'.split()
 LENGTH = 96
 
 
-@pytest.fixture(scope='module')
-def program():
-  """Flags -> exit code. Programs share names of flags, so those of others stand aside meanwhile."""
-  known, other = flags.FLAGS, {}
-  for name in list(known):
-    owner = known.find_module_defining_flag(name, '')
-    if owner.startswith('jaxlm.') and owner != programs.__name__:
-      other[name] = owner, known[name]
-  known.remove_flag_values(list(other))
-  evaluate = importlib.import_module('jaxlm.evaluate')
-  own = [flag.name for flag in known.get_flags_for_module(evaluate.__name__)]
-
-  def run(*given):
-    try:
-      return programs.outcome(evaluate.main, ['evaluate', *map(str, given)])
-    finally:
-      for name in own:
-        known[name].unparse()
-  yield run
-  known.remove_flag_values(own)
-  for name, (owner, flag) in other.items():
-    known[name] = flag
-    known.register_flag_by_module(owner, flag)
+def program(*given) -> int:
+  """The exit code of the program."""
+  return programs.outcome(evaluate.main, ['evaluate', *map(str, given)])
 
 
 @pytest.fixture(scope='module')
@@ -114,7 +92,7 @@ def said_in(path, task):
 # ---- what is asked and written -----------------------------------------------------------------------------------
 
 
-def test_the_table_and_the_file_tell_what_was_given_and_said(program, world, lm, tmp_path, capsys):
+def test_the_table_and_the_file_tell_what_was_given_and_said(world, lm, tmp_path, capsys):
   out, task = tmp_path / 'new' / 'out.json', world / 'say.json'
   assert program(f'--model={world}/one', f'--tasks={task},{world}/read.json', f'--output={out}') == 0
   head, *lines = capsys.readouterr().out.splitlines()
@@ -149,7 +127,7 @@ def by_hand(world, id, seed, kind):
   return '\n'.join([*(['Go.'] if kind == 'told' else []), *shots, f'{records(world)[id]["q"]}?'])
 
 
-def test_examples_in_a_prompt_are_those_that_are_scored(program, world, tmp_path, monkeypatch):
+def test_examples_in_a_prompt_are_those_that_are_scored(world, tmp_path, monkeypatch):
   given, score = [], LM.score
   monkeypatch.setattr(LM, 'score', lambda self, contexts, *rest, **kw: given.extend(contexts) or score(
       self, contexts, *rest, **kw))
@@ -166,7 +144,7 @@ def test_examples_in_a_prompt_are_those_that_are_scored(program, world, tmp_path
 
 
 @pytest.mark.parametrize('norm', exam.NORMS)
-def test_the_choice_is_the_likeliest_by_the_norm(norm, program, world, lm, tmp_path):
+def test_the_choice_is_the_likeliest_by_the_norm(norm, world, lm, tmp_path):
   out, right = tmp_path / 'out.json', []
   assert program(f'--model={world}/one', f'--tasks={world}/choose.json', f'--norm={norm}', f'--output={out}') == 0
   for id, one in said_in(out, world / 'choose.json').items():
@@ -183,7 +161,7 @@ def test_the_choice_is_the_likeliest_by_the_norm(norm, program, world, lm, tmp_p
 # ---- batches, stops, pairs ---------------------------------------------------------------------------------------
 
 
-def test_the_batch_size_changes_nothing(program, world, tmp_path):
+def test_the_batch_size_changes_nothing(world, tmp_path):
   names = [str(world / f'{name}.json') for name in ('say', 'choose', 'read')]
   found = []
   for size in (1, 5):
@@ -198,7 +176,7 @@ def test_the_batch_size_changes_nothing(program, world, tmp_path):
 
 
 @pytest.mark.parametrize('name', ['say', 'choose'])
-def test_what_was_stopped_goes_on_where_it_was_and_ends_the_same(name, program, world, tmp_path, monkeypatch):
+def test_what_was_stopped_goes_on_where_it_was_and_ends_the_same(name, world, tmp_path, monkeypatch):
   command = ['--model', world / 'one', '--tasks', world / f'{name}.json']
   assert program(*command, '--output', tmp_path / 'whole.json') == 0
   out, kept, asked, left = tmp_path / 'out.json', tmp_path / 'out.json.said', [], []
@@ -224,7 +202,7 @@ def test_what_was_stopped_goes_on_where_it_was_and_ends_the_same(name, program, 
   assert sorted(asked) == sorted(records(world)) and not kept.exists() and read(out) == read(tmp_path / 'whole.json')
 
 
-def test_samples_of_programs_are_a_questions_own(program, world, tmp_path, monkeypatch):
+def test_samples_of_programs_are_a_questions_own(world, tmp_path, monkeypatch):
   command, found = [f'--model={world}/one', f'--tasks={world}/code.json', '--limit=3', '--samples=12'], []
   for name, chunk in (('a', 1), ('b', 64)):
     monkeypatch.setattr(exam, 'CHUNK', chunk)
@@ -237,7 +215,7 @@ def test_samples_of_programs_are_a_questions_own(program, world, tmp_path, monke
     assert said['row'] == [1 - math.comb(failed, 10) / math.comb(12, 10), 1]
 
 
-def test_two_models_are_compared_example_by_example(program, world, tmp_path, capsys):
+def test_two_models_are_compared_example_by_example(world, tmp_path, capsys):
   there, here, task = tmp_path / 'there.json', tmp_path / 'here.json', str(world / 'say.json')
   assert program(f'--model={world}/two', f'--tasks={task}', f'--output={there}') == 0
   capsys.readouterr()
@@ -258,7 +236,7 @@ def test_two_models_are_compared_example_by_example(program, world, tmp_path, ca
 # ---- tasks of lm-eval --------------------------------------------------------------------------------------------
 
 
-def test_tasks_of_lm_eval_join_the_table_and_the_file(program, world, tmp_path, capsys):
+def test_tasks_of_lm_eval_join_the_table_and_the_file(world, tmp_path, capsys):
   yaml = pytest.importorskip('yaml')
   pytest.importorskip('lm_eval')
   for name in ('choice', 'other'):
@@ -311,7 +289,7 @@ BAD = [
 
 
 @pytest.mark.parametrize('given, told', BAD, ids=[told for _, told in BAD])
-def test_faults_are_one_line_each(given, told, program, world, monkeypatch, capsys):
+def test_faults_are_one_line_each(given, told, world, monkeypatch, capsys):
   monkeypatch.chdir(world)
   before = sorted(os.listdir())
   assert program(*given) == 2
@@ -320,7 +298,7 @@ def test_faults_are_one_line_each(given, told, program, world, monkeypatch, caps
   assert sorted(os.listdir()) == before
 
 
-def test_help_tells_every_flag(program, capsys):
+def test_help_tells_every_flag(capsys):
   assert program('--help') == 0
   text = capsys.readouterr().out
   names = 'harness', 'harness_tasks', 'max_length', 'chat_template', 'shots', 'against'

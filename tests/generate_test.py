@@ -5,7 +5,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from absl.testing import flagsaver
 
 from jaxlm import generate, loading, programs
 
@@ -29,8 +28,7 @@ def fake(monkeypatch):
 
 
 def outcome(*flags):
-  with flagsaver.flagsaver():
-    return programs.outcome(generate.main, ['generate', *flags])
+  return programs.outcome(generate.main, ['generate', *flags])
 
 
 def test_prompts_are_printed_with_their_continuations(fake, capsys, tmp_path):

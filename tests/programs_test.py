@@ -6,7 +6,6 @@ import pathlib
 import subprocess
 import sys
 
-from absl import flags
 import pytest
 
 from jaxlm import config as base
@@ -28,10 +27,6 @@ def get_config(arg=None):
 def experiment(tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   (tmp_path / 'x.py').write_text(EXPERIMENT)
-  yield
-  for module in (main_module, programs):
-    for flag in flags.FLAGS.get_flags_for_module(module.__name__):
-      flag.unparse()
 
 
 def ends(error: BaseException | None) -> int:
@@ -121,9 +116,8 @@ def test_help_prints_every_flag_and_leaves_with_0(capsys):
   assert programs.outcome(main_module.main, ['jaxlm.main', '--help']) == 0
   out, err = capsys.readouterr()
   assert err == '' and out.startswith(main_module.__doc__.strip())
-  for module in (main_module, programs):
-    for flag in flags.FLAGS.get_flags_for_module(module.__name__):
-      assert f'  --{flag.name}:' in out or f'  --[no]{flag.name}:' in out
+  for name in main_module.flags.values:
+    assert f'  --{name}:' in out or f'  --[no]{name}:' in out
   assert all(flag in out for flag in ('--config:', '--workdir:', '--allow_change:', '--[no]print_config:'))
 
 
