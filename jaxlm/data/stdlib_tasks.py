@@ -359,14 +359,23 @@ def translation() -> Iterator[dict]:
 # ---- chunks and their modules ------------------------------------------------------------------------------------
 
 
-def _chunks(module: Module, label: str) -> Iterator[dict]:
-  """Runs of lines without blank ones and imports, and none that says the label."""
-  named = re.compile(rf'\b{re.escape(label)}\b', re.IGNORECASE)
+def _runs(module: Module) -> Iterator[tuple[str, tuple[str, ...]]]:
+  """Its lines without blank ones and imports, CHUNK_LINES at a time: id, lines."""
   numbers = [n for n, line in enumerate(module.lines, 1) if line.strip() and n not in module.imports]
   for i in range(0, len(numbers) - CHUNK_LINES + 1, CHUNK_LINES):
-    text = textwrap.dedent(''.join(module.lines[n - 1] for n in numbers[i:i + CHUNK_LINES]))
-    if not named.search(text):
-      yield dict(id=f'{module.path}:{numbers[i]}', text=text, label=label)
+    yield f'{module.path}:{numbers[i]}', tuple(module.lines[n - 1] for n in numbers[i:i + CHUNK_LINES])
+
+
+def _text(lines: tuple[str, ...]) -> str:
+  return textwrap.dedent(''.join(lines))
+
+
+def _chunks(module: Module, label: str) -> Iterator[dict]:
+  """Runs of lines, none that says the label."""
+  named = re.compile(rf'\b{re.escape(label)}\b', re.IGNORECASE)
+  for place, lines in _runs(module):
+    if not named.search(_text(lines)):
+      yield dict(id=place, text=_text(lines), label=label)
 
 
 def module() -> Iterator[dict]:
@@ -383,6 +392,16 @@ def module() -> Iterator[dict]:
     yield from (chunks[i * len(chunks) // count] for i in range(count))  # evenly from its files
 
 
+def neighbours() -> Iterator[dict]:
+  """Some lines -> those after them: id, query, positive. Nothing is labelled: what texts of one place share is learned
+  before any questions (Izacard et al. 2022, arXiv:2112.09118)."""
+  half = CHUNK_LINES // 2
+  for file in library():
+    if file.path.split('/')[0] not in TABLES:
+      for place, lines in _runs(file):
+        yield dict(id=place, query=_text(lines[:half]), positive=_text(lines[half:]))
+
+
 WITHIN_FILES = {'module'}  # tasks whose splits divide files
 RECORDS = {'summary': summary, 'body': body, 'retrieve': retrieve, 'token_kinds': token_kinds, 'module': module,
-           'default': default, 'translation': translation}
+           'default': default, 'translation': translation, 'neighbours': neighbours}

@@ -158,7 +158,16 @@ def test_chunks_are_balanced_and_do_not_give_their_module_away(tasks):
     assert not re.search(rf'\b{record["label"]}\b', record['text'])
 
 
-@pytest.mark.parametrize('task', ['summary', 'body', 'retrieve', 'default', 'module'])
+def test_neighbours_stand_one_after_the_other(tasks, lines):
+  squeeze = lambda text: ''.join(text.split())
+  for record in tasks['neighbours'][::50]:
+    path, _, number = record['id'].partition(':')
+    said = [squeeze(line) for line in (record['query'] + record['positive']).splitlines()]
+    left = iter(map(squeeze, lines[path][int(number) - 1:]))
+    assert len(said) == stdlib_tasks.CHUNK_LINES and all(line in left for line in said)  # in their order
+
+
+@pytest.mark.parametrize('task', ['summary', 'body', 'retrieve', 'default', 'module', 'neighbours'])
 def test_splits_are_disjoint_and_hold_out_whole_files_or_chunks(tasks, task):
   split = {name: [*stdlib_tasks.records(task, name)] for name in ('train', 'validation', 'test')}
   found, every = sorted(r['id'] for part in split.values() for r in part), tasks[task]
