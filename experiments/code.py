@@ -7,7 +7,7 @@ from jaxlm import config as base
 
 
 def get_config(arg=None):
-  arg = base.parse_arg(arg, start='', smoke=False)
-  config = base.tune(base.default(), 'body', 'answer', arg.start)
+  arg = base.parse_arg(arg, start='', task='body', smoke=False)
+  config = base.tune(base.default(), arg.task, 'answer', arg.start)
   config.seq_len = 512
   return base.smoke(config, seq_len=256) if arg.smoke else config

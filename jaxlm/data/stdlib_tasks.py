@@ -24,6 +24,7 @@ CHUNK_LINES = 16                         # of a text whose module is to be named
 NUM_MODULES = 20
 TABLES = {'encodings', 'pydoc_data'}     # modules that are large for their tables
 STATEMENT = range(24, 73)                # characters of a statement that is translated
+LINE = range(8, 73)                      # of a line that is a function's body
 FORMS = 3                                # in its translation, at least
 MIN_SPAN_WORDS, MAX_SPAN_WORDS, MAX_WORD = 16, 64, 40
 
@@ -252,6 +253,24 @@ def body() -> Iterator[dict]:
                  module=module.name, lines=list(function.body_lines), indent=function.indent)
 
 
+def line() -> Iterator[dict]:
+  """A function up to its only statement, of one line -> that line: id, prompt, line. None that says nothing."""
+  for _, function in _functions():
+    try:
+      [node] = ast.parse(function.code).body
+      [statement] = node.body
+    except (SyntaxError, ValueError):
+      continue
+    lines = function.code.splitlines(keepends=True)
+    before, own = lines[:statement.lineno - 1], lines[statement.lineno - 1:]
+    alone = len(own) == 1 and statement.lineno > node.lineno and not own[0][:statement.col_offset].strip()
+    empty = isinstance(statement, (ast.Pass, ast.Raise)) or isinstance(getattr(statement, 'value', None), ast.Constant)
+    if alone and not empty and len(own[0].strip()) in LINE:
+      head = ''.join(before)
+      prompt = function.head + function.doc_lines + head.removeprefix(function.head) if function.doc_lines else head
+      yield dict(id=function.id, prompt=prompt, line=own[0][:_column(own[0], statement.end_col_offset)])
+
+
 def _has_examples(doc: str) -> bool:
   """Whether it has examples, and all of them can be run outside a function."""
   try:
@@ -404,4 +423,5 @@ def neighbours() -> Iterator[dict]:
 
 WITHIN_FILES = {'module'}  # tasks whose splits divide files
 RECORDS = {'summary': summary, 'body': body, 'retrieve': retrieve, 'token_kinds': token_kinds, 'module': module,
-           'default': default, 'translation': translation, 'neighbours': neighbours}
+           'default': default, 'translation': translation, 'neighbours': neighbours,
+           'line': line}

@@ -167,7 +167,14 @@ def test_neighbours_stand_one_after_the_other(tasks, lines):
     assert len(said) == stdlib_tasks.CHUNK_LINES and all(line in left for line in said)  # in their order
 
 
-@pytest.mark.parametrize('task', ['summary', 'body', 'retrieve', 'default', 'module', 'neighbours'])
+def test_a_line_is_all_that_its_function_does(tasks):
+  for record in tasks['line']:
+    [node] = ast.parse(record['prompt'] + record['line']).body
+    statements = node.body[1:] if ast.get_docstring(node) else node.body
+    assert [ast.unparse(s) for s in statements] == [ast.unparse(ast.parse(record['line'].strip()))], record['id']
+
+
+@pytest.mark.parametrize('task', ['summary', 'body', 'retrieve', 'default', 'module', 'neighbours', 'line'])
 def test_splits_are_disjoint_and_hold_out_whole_files_or_chunks(tasks, task):
   split = {name: [*stdlib_tasks.records(task, name)] for name in ('train', 'validation', 'test')}
   found, every = sorted(r['id'] for part in split.values() for r in part), tasks[task]
