@@ -138,8 +138,7 @@ def read(step: Step, config: Any, hardware_name: str, sizes: Mapping[str, int],
                device_hours=hours * devices, money=hours * devices * assumptions.price_per_hour,
                kwh=kwh, co2e_kg=kwh * assumptions.kg_per_kwh),
       inference=_inference(model.config, plain, row, peak, config), assumptions=dataclasses.asdict(assumptions),
-      how=_how(sizes, small, dtype, uncounted, experts.num_experts > 0 and experts.mode == 'dropless',
-               config.sharding.offload_optimizer, assumptions))
+      how=_how(config, sizes, small, uncounted, experts.num_experts > 0 and experts.mode == 'dropless', assumptions))
 
 
 # ---- the mesh ----------------------------------------------------------------------------------------------------
@@ -338,9 +337,10 @@ def _inference(config: Any, params: Any, row: hardware.Hardware, peak: float, gi
 
 # ---- words -------------------------------------------------------------------------------------------------------
 
-def _how(sizes: Mapping[str, int], small: Mapping[str, int], dtype: str, uncounted: bool,
-         experts: bool, offloaded: bool, assumptions: Assumptions) -> dict[str, str]:
-  """Where each part of the bill comes from."""
+def _how(config: Any, sizes: Mapping[str, int], small: Mapping[str, int], uncounted: bool, experts: bool,
+         assumptions: Assumptions) -> dict[str, str]:
+  """Where each part of the bill comes from, and what is in none."""
+  dtype = config.precision.compute
   found = {
       'parameters, memory.parameters, optimizer, average, gradients': 'exact, from the shardings',
       'memory.temporaries_float32': "modelled: buffers of the compiled float32 program's schedule, from first writing "
@@ -362,9 +362,13 @@ def _how(sizes: Mapping[str, int], small: Mapping[str, int], dtype: str, uncount
   if experts:
     found['experts'] = ('the CPU multiplies rows of a dropless mixture with every expert: program_per_step and the '
                         'times count those products, which other backends do not make')
-  if offloaded:
+  if config.sharding.offload_optimizer:
     found['memory.optimizer, offloaded'] = ("counted as a device's: a step fetches all of it from the host, when is "
                                             "the backend's choice; the fetch is in no time")
+  if config.loss.teacher.path:
+    found['teacher'] = 'its weights and its forward pass before each step are in no number'
+  if config.objective.name in ('grpo', 'ppo'):
+    found['rollouts'] = "the policy's writing and its old log-probs are in no number; a step is one of learning"
   if small != dict(sizes):
     told = ' × '.join(f'{axis}={n}' for axis, n in small.items() if n > 1)
     found['compiled_devices'] = (f'more than {LIMIT} devices cannot be simulated: compiled for {told} at the same rows '
