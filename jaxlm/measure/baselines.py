@@ -59,17 +59,17 @@ def _tfidf(task: Task, train: Sequence[Example], asked: Sequence[Example]) -> li
 
 def _lead(task: Task, train: Sequence[Example], asked: Sequence[Example]) -> list[str]:
   """The first line of the question."""
-  return [next(iter(e.input.strip().splitlines()), '') for e in asked]
+  return [next(iter(question.strip().splitlines()), '') for question in _copy(task, train, asked)]
 
 
 def _copy(task: Task, train: Sequence[Example], asked: Sequence[Example]) -> list[str]:
-  """The question itself."""
-  return [e.input for e in asked]
+  """The question itself; in a conversation what the user said last."""
+  return [_last(e, 'user') if task.kind == 'chat' else e.input for e in asked]
 
 
 _FITS = {'majority': ('classify', 'regress', 'tag', 'span', 'choice', 'text', 'chat'),
          'tfidf': ('classify', 'regress', 'retrieve', 'prefer'),
-         'lead': ('text',), 'copy': ('text',)}
+         'lead': ('text', 'chat'), 'copy': ('text', 'chat')}
 BASELINES: dict[str, Baseline] = {'majority': _majority, 'tfidf': _tfidf, 'lead': _lead, 'copy': _copy}
 
 

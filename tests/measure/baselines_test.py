@@ -25,6 +25,9 @@ def test_the_lead_is_the_first_line_and_a_copy_all():
   asked = [Example('', '\n one\ntwo')]
   assert baselines.answers('lead', Task('text'), [], asked) == ['one']
   assert baselines.answers('copy', Task('text'), [], asked) == ['\n one\ntwo']
+  said = Example('', messages=tuple(dict(role=role, content=text) for role, text in
+                                    (('user', 'first'), ('assistant', 'answer'), ('user', 'a\nb'), ('assistant', 'c'))))
+  assert [baselines.answers(name, Task('chat'), [], [said]) for name in ('lead', 'copy')] == [['a'], ['a\nb']]
 
 
 def test_words_tell_classes_and_documents():
