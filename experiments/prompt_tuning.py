@@ -1,4 +1,6 @@
-"""Summaries by 20 virtual tokens before the text of a frozen model: ROUGE not measured yet.
+"""Summaries by 20 virtual tokens before the text of a frozen model: 5,120 parameters. ROUGE-L
+0.135 (0.124 to 0.146) on held-out files, where the first line of a function has 0.146 (0.133 to 0.159), which this does not
+reach; 300 steps, 3 minutes beside other work.
 
   python -m jaxlm.main --config=experiments/prompt_tuning.py:start=runs/decoder
   python -m jaxlm.main --config=experiments/prompt_tuning.py:start=runs/decoder,method=prefix,encoder=mlp

@@ -1,5 +1,5 @@
 """Statements of Python, translated into a Lisp: BLEU 75.3 (72.6 to 77.6) of the decoder on held-out files, where the
-statement itself has 28.6 (27.3 to 29.9); 300 steps, 10 minutes beside other work. The encoder-decoder was not tried yet.
+statement itself has 28.6 (27.3 to 29.9); 300 steps, 10 minutes beside other work. The encoder-decoder: BLEU 40.0 (38.5 to 41.3), as long.
 
   python -m jaxlm.main --config=experiments/translate.py:start=runs/t5
   python -m jaxlm.main --config=experiments/translate.py:start=runs/decoder,structure=decoder
