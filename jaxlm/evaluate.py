@@ -111,7 +111,9 @@ def _other(path: str, asked: list[str]) -> dict[str, Any]:
 def main(argv: list[str]) -> None:
   """Measures what the flags ask for."""
   del argv
-  if bool(_MODEL.value) == bool(_BASELINE.value):
+  if _MODEL.value and _BASELINE.value:
+    raise JaxlmError(f'--baseline={_BASELINE.value} stands in the place of --model={_MODEL.value}; give one of them.')
+  if not _MODEL.value and not _BASELINE.value:
     raise JaxlmError('--model is missing; give a run directory, a Hugging Face folder or a GGUF file, or a --baseline '
                      'in its place.')
   from jaxlm.data import tasks
@@ -136,12 +138,17 @@ def main(argv: list[str]) -> None:
   terms = exam.Terms(_SPLIT.value, _SHOTS.value, _SEED.value, _LIMIT.value, _NORM.value, _BATCH_SIZE.value,
                      _SAMPLES.value, _TEMPERATURE.value)
   kept = f'{_OUTPUT.value}.said' if _OUTPUT.value else ''
-  results = {}
+  results: dict[str, Any] = {}
   for name, task in asked.items():
-    results[name] = (exam.hold_baseline(_BASELINE.value, task, terms) if model is None else
-                     exam.hold(model, task, terms, kept))
-    if name in other:
-      results[name]['paired'] = exam.compared(task, results[name], other[name], terms.seed)
+    try:
+      results[name] = (exam.hold_baseline(_BASELINE.value, task, terms) if model is None else
+                       exam.hold(model, task, terms, kept))
+      if name in other:
+        results[name]['paired'] = exam.compared(task, results[name], other[name], terms.seed)
+    except JaxlmError as e:
+      if results:
+        print(table(results))  # what is done is told, whatever became of the others
+      raise JaxlmError(f'{name}: {e}' if len(asked) > 1 else str(e)) from e
   audited = {name: audit(model, settings) for name, (audit, settings) in asked_audits.items()}
   found = _harness(model) if with_harness else None
   if _OUTPUT.value:

@@ -14,7 +14,6 @@ from tqdm.auto import tqdm
 
 from jaxlm import heads, nearness, trees
 from jaxlm.data import chat, encoders, tasks, templates
-from jaxlm.data.examples import encode
 from jaxlm.data.tasks import Example, Task
 from jaxlm.errors import JaxlmError
 from jaxlm.lm import LM
@@ -222,11 +221,7 @@ def _by_head(lm: LM, task: Task, examples: Sequence[Example], terms: Terms) -> l
   if lm.model.config.num_labels != outputs:
     raise JaxlmError(f'The label head of this model has {lm.model.config.num_labels} outputs, the task {outputs}; take '
                      'the model that was fine-tuned for it.')
-  form = encoders.form_of(lm.config, lm.tokenizer)
-  form = dataclasses.replace(form, front=(), length=form.length - len(form.front))  # the model itself puts them there
-  encoded = encode(task, terms.split, form, examples)
-  cuts = encoded.begins[encoded.first[1:-1]]
-  found = heads.scores(lm, np.split(encoded.ids, cuts), terms.batch_size, np.split(encoded.types, cuts))
+  encoded, form, found = heads.asked(lm, task, terms.split, examples, terms.batch_size)
   widest = max(x.shape[0] for x in found)
   pad = lambda x: np.pad(x, ((0, widest - len(x)), (0, 0)), constant_values=-1e9) if x.ndim == 2 else x
   return verdicts.predicted(task, examples, encoded, form, np.stack([pad(x) for x in found]))
@@ -331,6 +326,8 @@ def _asked(lm: LM, task: Task, asked: Sequence[Example], terms: Terms, kept: str
                      f'(config.model.head.labels), fine-tuned for it; this one has {lm.model.config.head.labels!r}.')
   if task.program:
     verdicts.metric_of(task).rows([[True] * terms.samples])  # too few are told of before any is drawn
+  elif task.kind in ('text', 'chat'):
+    verdicts.metric_of(task).rows([''], right(task, asked[:1]))  # and a package that is missing before any is asked
   prompts = _prompts(lm, task, asked, terms)
   key = json.dumps([dataclasses.asdict(dataclasses.replace(terms, batch_size=0, limit=0)), dataclasses.asdict(task),
                     _fingerprint(lm) if kept else ''], sort_keys=True, default=str)

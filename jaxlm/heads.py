@@ -2,10 +2,12 @@
 import dataclasses
 from typing import Sequence
 
+import jax
 import numpy as np
 
-from jaxlm.data import encoders
-from jaxlm.data.tasks import Example
+from jaxlm.data import encoders, tasks
+from jaxlm.data.examples import Encoded, encode
+from jaxlm.data.tasks import Example, Task
 from jaxlm.errors import JaxlmError
 from jaxlm.lm import LM
 
@@ -35,6 +37,36 @@ def scores(lm: LM, texts: Sequence[Sequence[int]], batch_size: int,
     for i, said in zip(chosen, np.asarray(lm.scores(ids_BT, mask=real_BT, types=types_BT))):
       found[i] = said
   return found
+
+
+def asked(lm: LM, task: Task, split: str, examples: Sequence[Example],
+          batch_size: int) -> tuple[Encoded, encoders.Form, list[np.ndarray]]:
+  """(examples as the model reads them, in which form, what its label head says of each)."""
+  form = encoders.form_of(lm.config, lm.tokenizer)
+  form = dataclasses.replace(form, front=(), length=form.length - len(form.front))  # the model itself puts them there
+  encoded = encode(task, split, form, examples)
+  cuts = encoded.begins[encoded.first[1:-1]]
+  return encoded, form, scores(lm, np.split(encoded.ids, cuts), batch_size, np.split(encoded.types, cuts))
+
+
+def classify(lm: LM, texts: Sequence[str | tuple[str, str]], batch_size: int = 32) -> list[dict[str, float]]:
+  """{label: probability} of each text, or pair of texts, laid out as the model was fine-tuned.
+
+  Args:
+    lm: of a run that learned a task of kind classify or multi_label.
+  Raises:
+    JaxlmError: another model; a text that does not fit into its window.
+  """
+  task = tasks.make(lm.config.data.task) if lm.config.data.task else None
+  if task is None or task.kind not in ('classify', 'multi_label') or lm.model.config.head.labels != 'sequence':
+    raise JaxlmError('classify needs a run that learned a task of kind classify or multi_label; this model has a label '
+                     f'head of kind {lm.model.config.head.labels!r} and learned {lm.config.data.task or "no task"!r}.')
+  none = (0,) * len(task.labels) if task.kind == 'multi_label' else 0  # of a right answer, which nobody reads
+  pairs = [(text, '') if isinstance(text, str) else text for text in texts]
+  examples = [Example(f'text {i}', first, second, target=none) for i, (first, second) in enumerate(pairs)]
+  said = np.stack(asked(lm, task, 'test', examples, batch_size)[2])
+  chances = 1 / (1 + np.exp(-said)) if task.kind == 'multi_label' else np.asarray(jax.nn.softmax(said))
+  return [dict(zip(task.labels, row.tolist())) for row in chances]
 
 
 def rewards(lm: LM, examples: Sequence[Example], texts: Sequence[str], batch_size: int = 32) -> list[float]:

@@ -342,8 +342,9 @@ class LM:
 
   def _needs_head(self, what: str) -> None:
     if not self.model.config.head.lm:
-      raise JaxlmError(f'{what} needs an output layer, and this folder holds a body without one (`architectures` in '
-                       'its config.json); only hidden and embed work.')
+      also = 'scores, hidden' if self.model.config.head.labels != 'none' else 'hidden'
+      raise JaxlmError(f'{what} needs an output layer over the vocabulary, which this model has not; {also} and embed '
+                       'work.')
 
   def _ids(self, text: Text) -> list[int]:
     if not isinstance(text, str):

@@ -186,11 +186,26 @@ def test_an_encoder_with_a_new_head_learns_each_kind_of_label(objective, world, 
     config.loss.class_weights = (1.0,) * 8
   last = train.run(config, f'{tmp_path}/run')
   assert last[f'eval/validation/{TOLD[objective]}'] > 0.5
-  if objective == 'multi_label':
-    return
-  from jaxlm import exam
+  from jaxlm import exam, heads
   from jaxlm.data import tasks as tasks_module
-  result = exam.hold(jaxlm.load(f'{tmp_path}/run'), tasks_module.make(config.data.task), exam.Terms(batch_size=5))
+  lm, task = jaxlm.load(f'{tmp_path}/run'), tasks_module.make(config.data.task)
+  with pytest.raises(JaxlmError, match='generate needs an output layer over the vocabulary, which this model has not; scores'):
+    lm.generate('x')
+  asked = list(tasks_module.examples(task, 'validation'))[:6]
+  if objective == 'multi_label':
+    chances = heads.classify(lm, [e.input for e in asked])
+    right = [[row[label] > 0.5 for label in task.labels] == [bool(x) for x in e.target] for row, e in zip(chances, asked)]
+    assert np.mean(right) > 0.5
+    return
+  result = exam.hold(lm, task, exam.Terms(batch_size=5))
+  if objective == 'classify':
+    chances = heads.classify(lm, [e.input for e in asked], batch_size=4)
+    np.testing.assert_allclose([sum(row.values()) for row in chances], 1, rtol=1e-5)
+    best = [task.labels.index(max(row, key=row.get)) for row in chances]
+    assert best == [one['answer'] for one in exam.hold(lm, task, exam.Terms(split='validation'))['said'][:6]]
+  else:
+    with pytest.raises(JaxlmError, match='classify needs a run that learned a task of kind classify or multi_label'):
+      heads.classify(lm, ['x'])
   # The same rows, measured by training's evaluation and by an exam of the saved model.
   assert result['metrics'][TOLD[objective]] == pytest.approx(last[f'eval/validation/{TOLD[objective]}'], abs=1e-6)
 

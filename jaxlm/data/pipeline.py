@@ -290,6 +290,8 @@ def documents_at(where, step: int, make_objective: Callable[[Any, Any], Any],
   else:
     config, skips, sizes, recorded = where, (), BatchSizes.of(where), None
     begin, end = sizes.consumed(step - 1), sizes.consumed(step)
+  if config.data.task:
+    raise JaxlmError(f'{where} learned the task {config.data.task!r}, whose rows are of examples, not of documents.')
   stores, tokenizer = prepare(config, roles(config))
   if recorded is not None and recorded != {store.name: store.key for store in stores}:
     raise JaxlmError(f'{where} was trained on other text than its sources hold now, or other tokens of it; put the old '
