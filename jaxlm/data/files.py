@@ -252,9 +252,11 @@ def json_field(data: bytes, field: str, fault: Callable[[str], JaxlmError], key:
 # ---- finding files -----------------------------------------------------------------------------------------------
 
 
-def matching(paths: str, is_wanted: Callable[[str], bool] = os.path.isfile) -> list[str]:
+def matching(paths: str, is_wanted: Callable[[str], bool] = os.path.isfile, key: str = 'config.data.paths') -> list[str]:
   """Absolute paths of the files, or of what else is wanted, that the globs match, sorted.
 
+  Args:
+    key: who names them.
   Raises:
     JaxlmError: a glob that matches nothing, or none at all.
   """
@@ -263,10 +265,10 @@ def matching(paths: str, is_wanted: Callable[[str], bool] = os.path.isfile) -> l
     matches = [p for p in glob.glob(os.path.expanduser(pattern), recursive=True) if is_wanted(p)]
     if not matches:
       kind = 'file' if is_wanted is os.path.isfile else 'folder'
-      raise JaxlmError(f'config.data.paths: {pattern!r} matches no {kind} (looked from {os.getcwd()}).')
+      raise JaxlmError(f'{key}: {pattern!r} matches no {kind} (looked from {os.getcwd()}).')
     found.update(os.path.abspath(p) for p in matches)
   if not found:
-    raise JaxlmError('config.data.paths is empty; give files as globs joined by commas, "corpus/**/*.txt".')
+    raise JaxlmError(f'{key} is empty; give files as globs joined by commas, "corpus/**/*.txt".')
   return sorted(found)
 
 

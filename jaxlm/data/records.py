@@ -18,7 +18,7 @@ Record = Mapping[str, Any]
 def _jsonl(paths: str, split: str) -> Iterator[tuple[str, Record]]:
   """An object a line."""
   del split
-  for path in matching(paths):
+  for path in matching(paths, key='files of a task'):
     for number, (line, offset) in enumerate(lines(path, 0), 1):
       if not line.strip():
         continue
@@ -34,7 +34,7 @@ def _jsonl(paths: str, split: str) -> Iterator[tuple[str, Record]]:
 def _table(paths: str, split: str, delimiter: str) -> Iterator[tuple[str, Record]]:
   """Lines of columns under a header."""
   del split
-  for path in matching(paths):
+  for path in matching(paths, key='files of a task'):
     text = decoded(b''.join(line for line, _ in lines(path, 0)), path, 0).removeprefix('\ufeff')
     reader = csv.DictReader(io.StringIO(text), delimiter=delimiter, strict=True)
     try:
@@ -52,7 +52,7 @@ def _conll(paths: str, split: str) -> Iterator[tuple[str, Record]]:
   first and the last of them. Columns stand apart by tabs, else by spaces. Lines of -DOCSTART-, and those that begin with
   "# " before a sentence, are left out."""
   del split
-  for path in matching(paths):
+  for path in matching(paths, key='files of a task'):
     rows: list[list[str]] = []
     for number, (line, offset) in enumerate([*lines(path, 0), (b'', 0)], 1):
       text = decoded(line, path, offset).strip()

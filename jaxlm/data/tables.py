@@ -147,7 +147,7 @@ def parquet(data, paths: str) -> Source:
 def parquet_records(paths: str, split: str) -> Iterator[tuple[str, dict[str, Any]]]:
   """(file:row, all columns of it) of each row of Parquet files."""
   del split
-  for path in matching(paths):
+  for path in matching(paths, key='files of a task'):
     with _open_parquet(path) as file, _named_faults(path, 'Parquet file'):
       yield from _numbered(path, file.iter_batches(ROWS))
 
@@ -238,7 +238,7 @@ def hf_dataset(data, paths: str) -> Source:
 
 def hf_records(paths: str, split: str) -> Iterator[tuple[str, dict[str, Any]]]:
   """(file:row, all columns of it) of each row of folders that save_to_disk wrote; of a dict of splits, of this one."""
-  for folder in matching(paths, os.path.isdir):
+  for folder in matching(paths, os.path.isdir, 'files of a task'):
     for path in _arrow_files(folder, split):
       with _open_stream(path) as stream:
         yield from _numbered(path, stream)

@@ -6,13 +6,15 @@ file and line, before anything is trained or measured.
 """
 import dataclasses
 import functools
+import glob
 import json
+import os
 from pathlib import Path
 from typing import Any, Callable, Iterator, Mapping
 
 import numpy as np
 
-from jaxlm.data import records, templates, wordkinds
+from jaxlm.data import records, sources, templates, wordkinds
 from jaxlm.data.expressions import listed, made
 from jaxlm.data.records import Record
 from jaxlm.errors import JaxlmError
@@ -30,7 +32,8 @@ class Task:
   Attributes:
     kind: a key of KINDS: what an answer is.
     records: a key of `records.READERS` or `records.BUILT_IN`, or "module:function" of a split that yields (id, record).
-    files: {split: globs joined by commas}; a split without files is held out of `train`, by record.
+    files: {split: globs joined by commas}, of a JSON task beside it or from here; a split without files is held out of
+      `train`, by record.
     fields: {ours: the record's}: choices, words, tags, labels, answers, negatives, rejected, messages; `answers` of a
       kind 'text' are all that count as right, where they are named here.
     input: template of the question; of a span, of the question about `second`.
@@ -330,7 +333,15 @@ def make(name: str) -> Task:
     values = json.loads(Path(name).read_text(encoding='utf-8'))
   except (OSError, ValueError) as e:
     raise JaxlmError(f'{name} is no task that can be read: {e}.') from e
-  return named_labels(described(values, name))
+  task = described(values, name)
+  files = {split: _beside(name, globs) for split, globs in task.files.items()}
+  return named_labels(dataclasses.replace(task, files=files))
+
+
+def _beside(name: str, globs: str) -> str:
+  """Globs as they are seen from here: what matches beside the file that names it is meant, else what matches here."""
+  near = {pattern: os.path.join(os.path.dirname(name), pattern) for pattern in map(str.strip, globs.split(','))}
+  return ','.join(path if glob.glob(path, recursive=True) else pattern for pattern, path in near.items())
 
 
 JSON_TYPES = {  # of a task's fields; others are texts
@@ -352,6 +363,11 @@ def described(values: Any, where: str) -> Task:
     if not all(isinstance(x, str) for x in inside):
       raise JaxlmError(f'{where}: {key} wants texts inside, got {value!r}.')
   lookup(KINDS, values['kind'], 'kind of task')
+  for split in values.get('files', ()):
+    if split not in sources.SPLITS:
+      raise JaxlmError(f'{where}: files has a split {split!r}; a task has {", ".join(sources.SPLITS)}.')
+  if len(set(values.get('labels', ()))) < len(values.get('labels', ())):
+    raise JaxlmError(f'{where}: labels has a name twice, {", ".join(values["labels"])}; give each once.')
   return Task(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
 
 

@@ -219,10 +219,18 @@ def test_a_task_is_described_by_a_file(tmp_path):
   for change, told in ((dict(kind='guess'), "Unknown kind of task 'guess'"),
                        (dict(stopp=[]), "unknown key 'stopp'.*stop"),
                        (dict(stop='x'), "stop wants list, got 'x'"),
-                       (dict(files={'train': ['x']}), 'files wants texts inside')):
+                       (dict(files={'train': ['x']}), 'files wants texts inside'),
+                       (dict(files={'training': 'x'}), "files has a split 'training'; a task has train, validation, test"),
+                       (dict(labels=['a', 'b', 'a']), 'labels has a name twice')):
     path.write_text(json.dumps(values | change), encoding='utf-8')
     with pytest.raises(JaxlmError, match=told):
       tasks.make(str(path))
+  path.write_text(json.dumps(values | dict(files={'train': 'x.jsonl, y*.jsonl', 'test': 'x.jsonl'})), encoding='utf-8')
+  (tmp_path / 'x.jsonl').write_text('')  # what lies beside the description is meant
+  near = str(tmp_path / 'x.jsonl')
+  assert tasks.make(str(path)).files == {'train': f'{near},y*.jsonl', 'test': near}
+  with pytest.raises(JaxlmError, match=r"files of a task: 'y\*.jsonl' matches no file"):
+    list(tasks.examples(tasks.make(str(path)), 'train'))
   with pytest.raises(JaxlmError, match='is no task that can be read'):
     tasks.make(str(tmp_path / 'other.json'))
   with pytest.raises(JaxlmError, match="Unknown task 'modules'.*Did you mean 'module'"):
