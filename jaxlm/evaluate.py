@@ -149,7 +149,14 @@ def main(argv: list[str]) -> None:
       if results:
         print(table(results))  # what is done is told, whatever became of the others
       raise JaxlmError(f'{name}: {e}' if len(asked) > 1 else str(e)) from e
-  audited = {name: audit(model, settings) for name, (audit, settings) in asked_audits.items()}
+  audited = {}
+  for name, (audit, settings) in asked_audits.items():
+    try:
+      audited[name] = audit(model, settings)
+    except JaxlmError as e:
+      if results | audited:
+        print(table(results | audited))
+      raise JaxlmError(f'{name}: {e}') from e
   found = _harness(model) if with_harness else None
   if _OUTPUT.value:
     _write(_OUTPUT.value, dict(model=_MODEL.value or _BASELINE.value, tasks=results)

@@ -51,7 +51,8 @@ def records(settings: Settings) -> list[tuple[str, Mapping[str, Any]]]:
       raise JaxlmError(f'files: {path!r} is no file (looked from {os.getcwd()}); give the path of a JSONL or CSV file.')
     found += READERS['csv' if path.endswith('.csv') else 'jsonl'](glob.escape(path), '')
   if not found:
-    raise JaxlmError(f'files={settings.files!r} gives no record; name a JSONL or CSV file that has some.')
+    raise JaxlmError(f'files={settings.files!r} gives no record to ask; name a JSONL or CSV file that has some in its '
+                     'settings (--audit_settings).')
   return tasks.drawn(found, settings.limit, np.random.Generator(np.random.Philox(settings.seed)))
 
 

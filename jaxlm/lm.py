@@ -63,6 +63,11 @@ class LM:
     self.start, self.end = frame or (one(config.data.bos, vocab.first), one(config.data.eos, vocab.last))
     self.eos = tuple(eos) if eos is not None else () if vocab.last is None else (vocab.last,)
 
+  def __repr__(self) -> str:
+    config = self.model.config
+    return (f'LM({config.structure}, {config.num_layers} layers of width {config.width}, '
+            f'{trees.count(self.params):,} parameters, {config.vocab_size:,} tokens)')
+
   # ---- arrays ----------------------------------------------------------------------------------------------------
 
   def logits(self, tokens_BT: Any, source_BS: Any = None, mask: Any = None, source_mask: Any = None) -> Array:

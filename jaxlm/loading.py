@@ -22,8 +22,8 @@ from jaxlm.sharding import Layout
 from jaxlm.types import Prompt
 
 
-def load(path: str | os.PathLike, mesh: Any = None, dtype: str | None = None, base: LM | None = None,
-         step: int = 0) -> LM:
+def load(path: str | os.PathLike, mesh: Any = None, dtype: str | None = None,
+         base: LM | str | os.PathLike | None = None, step: int = 0) -> LM:
   """The model of a run directory (its newest valid checkpoint), or of a Hugging Face folder.
 
   A run that kept a moving average of its parameters gives that.
@@ -32,8 +32,8 @@ def load(path: str | os.PathLike, mesh: Any = None, dtype: str | None = None, ba
     path: what `python -m jaxlm.main` wrote, or a folder with config.json, safetensors and tokenizer.
     mesh: a `jax.sharding.Mesh` from `sharding.make_mesh`, or sizes of its axes as in config.mesh; None: one device.
     dtype: of parameters and computing, 'float32' or 'bfloat16'; None: as the run had them.
-    base: of a run that holds a delta alone (config.model.peft): the model it adapts, already loaded, whose arrays are
-      then shared by all deltas that are loaded so. None: it is read from where the run says.
+    base: of a run that holds a delta alone (config.model.peft): the model it adapts, whose arrays are then shared by all
+      deltas that are loaded with it; or where that lies. None: it is read from where the run says.
     step: which checkpoint of a run; 0: the newest that is valid.
   Raises:
     JaxlmError: neither kind of folder, or one that is not complete.
@@ -42,11 +42,14 @@ def load(path: str | os.PathLike, mesh: Any = None, dtype: str | None = None, ba
   if dtype not in (None, 'float32', 'bfloat16'):
     raise JaxlmError(f"dtype must be 'float32', 'bfloat16' or None; got {dtype!r}.")
   if hf.recognises(path):
+    if base is not None:
+      raise JaxlmError(f'{path} is a whole model, which stands on no base; leave base out.')
     return _load_folder(path, mesh, dtype)
   if not os.path.isfile(os.path.join(path, 'config.json')):
-    what = 'has no config.json' if os.path.isdir(path) else 'is not there'
+    what = ('has no config.json' if os.path.isdir(path) else 'is no such thing' if os.path.exists(path) else
+            'is not there')
     raise JaxlmError(f'{path} {what}; give a run directory, a Hugging Face folder or a GGUF file.')
-  return _load_run(path, mesh, dtype, base, step)
+  return _load_run(path, mesh, dtype, load(base, mesh, dtype) if isinstance(base, (str, os.PathLike)) else base, step)
 
 
 def _layout(config: Any, mesh: Any) -> Layout:
@@ -66,6 +69,8 @@ def _load_run(path: str, mesh: Any, dtype: str | None, base: LM | None, step: in
       compute_dtype=dtype or config.precision.compute, param_dtype=dtype or config.precision.params),
       _layout(config, mesh))
   delta, wanted = model.config.peft.method != 'none', transfer.wanted(model)
+  if base is not None and not delta:
+    raise JaxlmError(f'{path} is a whole model, which stands on no base; leave base out.')
   if delta:
     wanted, _ = trees.partition(wanted, functools.partial(peft.is_trained, model.config.peft))
   with Checkpoints(os.path.join(path, 'checkpoints'), read_only=True) as checkpoints:

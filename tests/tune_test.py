@@ -408,7 +408,7 @@ def test_a_base_of_another_shape_is_refused_by_name(world, tmp_path):
 def test_what_a_task_and_an_objective_do_not_share_is_refused(world, tmp_path):
   tasks, _ = world
   with pytest.raises(JaxlmError, match="is of kind 'classify', which objective 'answer' does not learn; it "
-                                       'learns text chat choice'):
+                                       'learns text and chat and choice. Take a task of that kind'):
     train.run(tuned(tasks, 'answer', 'classify'), f'{tmp_path}/a')
   with pytest.raises(JaxlmError, match="objective 'causal' learns raw text; set config.objective.name"):
     train.run(tuned(tasks, 'causal', 'text'), f'{tmp_path}/b')

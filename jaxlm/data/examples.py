@@ -207,8 +207,8 @@ def prepare(config: Any, roles: Sequence[str] = (), kinds: Sequence[str] = tuple
   task = tasks.make(config.data.task)
   if task.kind not in kinds:
     raise JaxlmError(f'config.data.task={config.data.task!r} is of kind {task.kind!r}, which objective '
-                     f'{config.objective.name!r} does not learn; it learns {" ".join(kinds)}. Set '
-                     "config.objective.name to the task's own.")
+                     f'{config.objective.name!r} does not learn; it learns {" and ".join(kinds)}. Take a '
+                     "task of that kind, or set config.objective.name to an objective of this one.")
   tokenizer = tokenizers.resolve(config.data.tokenizer)
   tokenizer = tokenizer.with_roles(roles) if tokenizer else store.prepare(config, roles).tokenizer
   heads = len(task.labels) or (1 if task.kind == 'regress' else 0)
