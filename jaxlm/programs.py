@@ -197,8 +197,12 @@ def outcome(main: Callable[[list[str]], None], argv: list[str]) -> int:
       return _told(f'No space left for {e.filename or "a file"}: {e.strerror}; free some, then start again to resume.')
     traceback.print_exc()
     return FAILED
-  except Exception:  # a fault of jaxlm's own or of an experiment: the traceback is the message
-    traceback.print_exc()
+  except Exception as e:  # a fault of jaxlm's own or of an experiment: the traceback is the message
+    if str(e).startswith('RESOURCE_EXHAUSTED'):  # JAX's, which this module does not import
+      print(f'failed: {str(e).splitlines()[0].partition(": ")[2].rstrip(".")}; ask for less at once: a smaller batch_size, '
+            'shorter rows, fewer shots.', file=sys.stderr)
+    else:
+      traceback.print_exc()
     return FAILED
 
 

@@ -40,6 +40,9 @@ def ends(error: BaseException | None) -> int:
     (None, 0, ''),
     (JaxlmError('one\ntwo'), 2, 'error: one\nerror: two\n'),
     (RunFailed('the loss is nan'), 1, 'failed: the loss is nan\n'),
+    (RuntimeError('RESOURCE_EXHAUSTED: Out of memory allocating 38656804056 bytes.'), 1,
+     'failed: Out of memory allocating 38656804056 bytes; ask for less at once: a smaller batch_size, shorter rows, fewer '
+     'shots.\n'),
     (Preempted('SIGTERM at step 3'), 75, 'preempted: SIGTERM at step 3\n'),
     (PermissionError(errno.EACCES, 'Permission denied', 'f'), 2,
      'error: Cannot write or read f: Permission denied; choose another folder or change its permissions.\n'),
