@@ -15,6 +15,11 @@ os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0.2'
 import pytest
 
 
+def pytest_collection_modifyitems(items):
+  """The files that take longest come first, so that no worker is left with one of them at the end."""
+  items.sort(key=lambda item: item.path.name not in ('notebooks_test.py', 'tune_test.py'))
+
+
 @pytest.fixture(autouse=True, scope='session')
 def _caches_of_its_own(tmp_path_factory):
   """Token stores and compiled programs go to a folder of this session's, shared by its tests and what they start."""
