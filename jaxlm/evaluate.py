@@ -105,6 +105,12 @@ def _other(path: str, asked: list[str]) -> dict[str, Any]:
   if not set(asked) & set(found):
     raise JaxlmError(f'--against={path} holds {", ".join(found) or "no task"}, and none of --tasks; measure the other '
                      'model at the same.')
+  for name in set(asked) & set(found):
+    for flag in (_SPLIT, _LIMIT, _SEED) if _LIMIT.value else (_SPLIT, _LIMIT):
+      theirs = found[name].get('terms', {}).get(flag.name, flag.value)
+      if theirs != flag.value:
+        raise JaxlmError(f'--against={path}: {name} was measured there with {flag.name}={theirs}, here it would be with '
+                         f'{flag.value}, so of other examples; give --{flag.name}={theirs}.')
   return found
 
 

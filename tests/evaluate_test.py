@@ -230,7 +230,7 @@ def test_two_models_are_compared_example_by_example(world, tmp_path, capsys):
   assert program(f'--model={world}/one', f'--tasks={world}/choose.json', f'--against={there}') == 2
   assert 'and none of --tasks' in capsys.readouterr().err
   assert program(f'--model={world}/one', f'--tasks={task}', f'--against={there}', '--limit=3') == 2
-  assert 'The two results are of other examples' in capsys.readouterr().err
+  assert 'there with limit=0, here it would be with 3, so of other examples; give --limit=0.' in capsys.readouterr().err
 
 
 # ---- tasks of lm-eval --------------------------------------------------------------------------------------------
