@@ -86,7 +86,7 @@ def read(step: Step, config: Any, hardware_name: str, sizes: Mapping[str, int],
   peak = hardware.peak(row, hardware_name, dtype)
   program, parts, small = step.program, step.parts, step.program.mesh
   model, shapes = parts.model, parts.shapes
-  model_flops = cost.flops_per_row(model.config, parts.lengths) * config.batch_size
+  model_flops = cost.flops_per_row(model.config, parts.lengths, trained=shapes.trained) * config.batch_size
 
   # The mask's part of attention, apart from what a kernel does beside it. Recomputed: forward once more.
   again = 0 if model.config.remat in ('none', 'dots') else 1

@@ -43,6 +43,12 @@ class Shapes:
   layout: Layout
   delta: bool
 
+  @property
+  def trained(self) -> float:
+    """The share of all parameters that are trained."""
+    trained = trees.count(self.state.params)
+    return trained / (trained + trees.count(self.frozen))
+
   def fresh(self, seed: int) -> tuple[TrainState, Tree]:
     """The state before the first update, made where it is kept; the same on any mesh."""
     shardings = jax.tree.map(lambda x: x.sharding, (self.state, self.frozen))

@@ -358,7 +358,7 @@ def train(parts: Run, workdir: str, signals: Signals, watch: Watch, step: int, s
   """The loop, from where `parts.start` says."""
   config, checkpoints = parts.config, parts.checkpoints
   columns = sum(parts.lengths.get(key, 0) for key in READ)
-  flops_per_token = cost.flops_per_row(parts.model.config, parts.lengths) / columns
+  flops_per_token = cost.flops_per_row(parts.model.config, parts.lengths, trained=parts.shapes.trained) / columns
   journal = Journal(workdir, config, parts.evaluators, flops_per_token, step, position)
   sizes, batches = parts.batches(step, position)
 

@@ -310,6 +310,14 @@ def test_products_are_those_of_the_model(kernel, remat, most):
   assert flops['kernel_over_mask'] < 2.01  # dense makes every score, the mask asks for half of them
 
 
+def test_a_frozen_base_has_no_gradients_of_weights():
+  changes = {'mesh.fsdp': 4, 'mesh.tensor': 2, 'model.remat': 'none'}
+  whole, delta = (bill.make(decoder(**changes, **more), 'h100', 8)['flops'] for more in ({}, {'model.peft.method': 'lora'}))
+  print(whole, delta)
+  assert 0.6 < delta['model_per_step'] / whole['model_per_step'] < 0.8
+  assert 1.0 <= delta['masked_over_model'] <= 1.08
+
+
 @pytest.mark.slow
 def test_more_devices_and_as_many_more_rows_are_the_same_for_each(tmp_path):
   found = {}

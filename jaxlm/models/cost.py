@@ -40,7 +40,8 @@ def flops_per_token(config: ModelConfig, seq_len: int, training: bool = True) ->
   return flops_per_row(config, {'tokens': seq_len}, training) / seq_len
 
 
-def flops_per_row(config: ModelConfig, lengths: Mapping[str, int], training: bool = True) -> float:
+def flops_per_row(config: ModelConfig, lengths: Mapping[str, int], training: bool = True,
+                  trained: float = 1.0) -> float:
   """Floating-point operations of the model for one row of a batch, a multiply-add counted as two.
 
   Matrix products only, attention counted as the mask requires, the backward pass as twice the forward; what remat
@@ -51,9 +52,11 @@ def flops_per_row(config: ModelConfig, lengths: Mapping[str, int], training: boo
     lengths: columns of the batch's arrays by key, of which tokens, source_tokens, targets and query_positions count.
       Without targets, every token has an output.
     training: forward and backward; False: forward alone.
+    trained: share of the weights that are trained; the others need no gradients.
   Source: Chowdhery et al. 2022, PaLM, appendix B, but for the mask.
   """
-  return (3 if training else 1) * 2 * float(_forward(config, lengths).sum())
+  weights, scores = _forward(config, lengths)
+  return 2 * float((2 + trained) * weights + 3 * scores if training else weights + scores)
 
 
 def scores_per_row(config: ModelConfig, lengths: Mapping[str, int]) -> float:
