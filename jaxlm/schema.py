@@ -113,7 +113,7 @@ SCHEMA: dict[str, Any] = dict(
             windows=Key((0,), Check('a tuple of integers, each at least 0, and at least one', lambda x: bool(x)
                                     and integers(0).holds(x))),  # tokens seen back, itself included,
             # by layer, repeated over the depth; 0: all
-            kernel=Key('dense', name()),             # dense, blockwise, ring, cudnn, "module:function"; auto: the fastest that is exact
+            kernel=Key('auto', name()),              # dense, blockwise, ring, cudnn, "module:function"; auto: the fastest that is exact
             block=Key(512, at_least(1)),             # tokens in a block of the blockwise kernel
             latent=dict(                             # multi-head latent attention (DeepSeek-V2); kv_rank 0: none
                 kv_rank=Key(0, at_least(0)),         # of what keys and values are made of, and the cache holds
