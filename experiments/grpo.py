@@ -1,5 +1,5 @@
-"""Summaries rewarded for the words they share with a function's own docstring: 0.163 of held-out
-functions after 100 steps, 3 minutes; before them not measured. The verifier is a setting.
+"""Summaries rewarded for the words they share with a function's own docstring: of draws for held-out
+functions 0.178, before it 0.158; 3 minutes. The likeliest ones stay as good (ROUGE-L 0.202). The verifier is a setting.
 
   python -m jaxlm.main --config=experiments/grpo.py:start=runs/summarize
   python -m jaxlm.main --config=experiments/grpo.py:start=runs/code,task=body,verifier=program   # doctests that pass
@@ -15,5 +15,6 @@ def get_config(arg=None):
   config.objective[arg.objective].verifier = arg.verifier
   if arg.objective == 'ppo':
     config.model.head.update(labels='token', num_labels=1)
-  config.optim.lr = 1e-5  # of a policy: steps stay near what was drawn
+  config.steps = 100
+  config.optim.lr = 1e-4  # 1e-5 moves a model of 4 million parameters by a third of this; after 300 steps it drifts
   return base.smoke(config) if arg.smoke else config
