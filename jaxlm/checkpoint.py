@@ -316,16 +316,18 @@ def _remove(folder: pathlib.Path) -> None:
 def lock(workdir: str | os.PathLike) -> Iterator[None]:
   """Holds a run directory: one job each.
 
-  The kernel lets go when the process ends, however it ends; the file stays. In a run of several processes all of them
-  call this, and the first one holds it.
+  The kernel lets go when the process ends, however it ends; the file stays, unless what was begun here failed before it
+  left anything: then there is no directory, as before. In a run of several processes all of them call this, and the first
+  one holds it.
 
   Raises:
     JaxlmError: another process holds it (named), or the directory cannot be written.
   """
   path = pathlib.Path(workdir).absolute() / 'lock'
-  failure, file = '', None
+  failure, file, is_new = '', None, False
   if jax.process_index() == 0:
     try:
+      is_new = not path.parent.exists()
       path.parent.mkdir(parents=True, exist_ok=True)
       file = open(path, 'a+')  # not 'w': the holder's name is in it
       fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -342,9 +344,24 @@ def lock(workdir: str | os.PathLike) -> Iterator[None]:
     if failure := _first_told(failure):
       raise JaxlmError(failure)
     yield
+  except BaseException:
+    if file and is_new:
+      _forget(path)
+    raise
   finally:
     if file:
       file.close()
+
+
+def _forget(path: pathlib.Path) -> None:
+  """Removes a lock with its run directory, if nothing else is there."""
+  checkpoints = path.with_name('checkpoints')
+  if {*path.parent.iterdir()} <= {path, checkpoints} and not (checkpoints.exists() and any(checkpoints.iterdir())):
+    with contextlib.suppress(OSError):  # another job may begin in this very moment
+      if checkpoints.exists():
+        checkpoints.rmdir()
+      path.unlink()
+      path.parent.rmdir()
 
 
 @dataclasses.dataclass

@@ -69,6 +69,9 @@ class Journal:
     self._read = 0  # tokens, padding apart, since the run was begun or went on
     self.meter = Meter(flops_per_token, peak, position.seconds, self._read)
     done = f'after {step} of {config.steps} steps' if step else f'{config.steps} steps to do'
+    if config.checkpoint.init_from and (not step or config.model.peft.method != 'none'):
+      at = f' at step {config.checkpoint.init_step}' if config.checkpoint.init_step else ''
+      done += f', from the weights of {config.checkpoint.init_from}{at}'
     self.writer.say(f'{workdir}: {done}; peak {peak / 1e12:.3g} TFLOP/s ({source}).')
 
   def note(self, step: int, examples: tuple[int, int], metrics: dict[str, Array]) -> None:

@@ -667,12 +667,12 @@ def make(case: Case, stack: contextlib.ExitStack) -> None:
 def test_a_bad_input_is_its_clear_line_and_harms_nothing(case, here, capfd):
   with contextlib.ExitStack() as stack:
     make(case, stack)
-    before = contents('runs/tiny')
+    before, was_there = contents('runs/tiny'), os.path.exists('runs/new')
     capfd.readouterr()
     code = program(*shlex.split(case.argv))
     assert told(capfd.readouterr().err, here) == case.lines
     assert code == 2
-    assert contents('runs/tiny') == before
+    assert contents('runs/tiny') == before and os.path.exists('runs/new') == was_there
 
 
 def test_the_program_itself_leaves_with_2_and_one_line(here):

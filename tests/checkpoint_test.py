@@ -437,6 +437,17 @@ def test_a_second_process_is_told_who_holds_the_run_and_a_kill_lets_go(tmp_path)
     pass
 
 
+def test_a_start_that_fails_leaves_no_empty_run_directory(tmp_path):
+  for name, left in (('new', ()), ('new', ('checkpoints',)), ('kept', ('config.json',)), ('kept', ())):
+    with pytest.raises(JaxlmError, match='refused'), lock(tmp_path / name):
+      for file in left:
+        (tmp_path / name / file).mkdir()
+      raise JaxlmError('refused')
+    assert [p.name for p in tmp_path.iterdir()] == ([] if name == 'new' else ['kept'])
+  with lock(tmp_path / 'kept'):
+    pass
+
+
 TWO_PROCESSES = '''
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P

@@ -116,7 +116,6 @@ def test_greedy_continuation_of_32_tokens_is_identical_and_cached_decoding_is_th
 
 
 def test_export_of_an_import_is_the_identity_and_loads_in_the_reference(pair, tmp_path):
-  import torch
   model, folder, ours = pair
   hf.save_folder(tmp_path / 'out', ours.model, ours.params, kept=ours.hf)
   before, after = weights.read_weights(folder), weights.read_weights(tmp_path / 'out')
@@ -159,7 +158,7 @@ def test_architectures_decide_whether_a_body_or_a_headed_model_loads(case, body,
     (GPT2, 'GPT2ForSequenceClassification'), (GPT2, 'GPT2ForTokenClassification'),
     (LLAMA, 'LlamaForSequenceClassification'), (LLAMA, 'LlamaForTokenClassification')])
 def test_classifiers_give_the_scores_of_the_reference_with_as_many_labels_and_come_back(case, name, tmp_path):
-  torch = pytest.importorskip('torch')
+  pytest.importorskip('torch')
   names = {0: 'no', 1: 'perhaps', 2: 'yes'}
   model = reference(case | dict(architectures=[name], id2label=names, label2id={v: k for k, v in names.items()},
                                 pad_token_id=130))

@@ -218,12 +218,14 @@ def test_a_batch_ramp_grows_and_resumes(tiny, tmp_path, monkeypatch):
   assert losses(f'{tmp_path}/whole') == losses(f'{tmp_path}/stopped')
 
 
-def test_init_from_takes_weights_alone(tiny, tmp_path):
+def test_init_from_takes_weights_alone(tiny, tmp_path, capfd):
   mesh(tiny).update(steps=2)
   train.run(tiny, f'{tmp_path}/first')
+  assert 'from the weights' not in capfd.readouterr().err
   tiny.checkpoint.init_from = f'{tmp_path}/first'
   tiny.optim.freeze = ('embed/.*', '.*/mlp/.*')
   train.run(tiny, f'{tmp_path}/second')
+  assert f'2 steps to do, from the weights of {tmp_path}/first' in capfd.readouterr().err
   first, second = params(f'{tmp_path}/first', 2), params(f'{tmp_path}/second', 2)
   for path in first:
     frozen = path.startswith('embed/') or '/mlp/' in path

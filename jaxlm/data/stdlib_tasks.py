@@ -20,6 +20,7 @@ from jaxlm.lookup import lookup
 
 MIN_WORDS = 4                            # of a docstring; a shorter one says nothing
 MAX_CONTEXT = 2_000                      # characters of a function that is asked about
+MAX_BEFORE = 800                         # characters of the file before a line that is to be written
 CHUNK_LINES = 16                         # of a text whose module is to be named
 NUM_MODULES = 20
 TABLES = {'encodings', 'pydoc_data'}     # modules that are large for their tables
@@ -41,6 +42,7 @@ class Function(NamedTuple):
     doc_lines: the docstring as it stands, between `head` and `body`.
     doc: its value, '' if there is none.
     indent: columns that were taken off.
+    first: its first line in the file, from 1, decorators included.
     body_lines: first and last line of `body` in the file, from 1.
     defaults: (parameter, text, where in `code` it starts), those on one line.
   """
@@ -52,6 +54,7 @@ class Function(NamedTuple):
   doc: str
   body: str
   indent: int
+  first: int
   body_lines: tuple[int, int]
   defaults: tuple[tuple[str, str, int], ...]
 
@@ -110,7 +113,7 @@ def _function(node, path: str, scope: str, lines: list[str]) -> Function:
     doc, doc_from = '', last + 1
   part = lambda start, end: _dedented(lines[start - 1:end - 1], indent)
   return Function(f'{path}:{node.lineno}', node.name, scope + node.name, part(first, doc_from),
-                  part(doc_from, body_from), doc, part(body_from, last + 1), indent, (body_from, last),
+                  part(doc_from, body_from), doc, part(body_from, last + 1), indent, first, (body_from, last),
                   tuple(_defaults(node, lines, first, indent)))
 
 
@@ -254,8 +257,11 @@ def body() -> Iterator[dict]:
 
 
 def line() -> Iterator[dict]:
-  """A function up to its only statement, of one line -> that line: id, prompt, line. None that says nothing."""
-  for _, function in _functions():
+  """A function up to its only statement, of one line -> that line: id, before, prompt, line. None that says nothing.
+
+  `before` are the lines of the file ahead of it, as far as MAX_BEFORE characters hold them, dedented as it is.
+  """
+  for module, function in _functions():
     try:
       [node] = ast.parse(function.code).body
       [statement] = node.body
@@ -268,7 +274,20 @@ def line() -> Iterator[dict]:
     if alone and not empty and len(own[0].strip()) in LINE:
       head = ''.join(before)
       prompt = function.head + function.doc_lines + head.removeprefix(function.head) if function.doc_lines else head
-      yield dict(id=function.id, prompt=prompt, line=own[0][:_column(own[0], statement.end_col_offset)])
+      yield dict(id=function.id, before=_before(module, function), prompt=prompt,
+                 line=own[0][:_column(own[0], statement.end_col_offset)])
+
+
+def _before(module: Module, function: Function) -> str:
+  """Whole lines ahead of a function, the last ones, without the columns that its own text has lost."""
+  found, room = [], MAX_BEFORE
+  for text in reversed(module.lines[:function.first - 1]):
+    text = _dedented([text], function.indent)
+    room -= len(text)
+    if room < 0:
+      break
+    found.append(text)
+  return ''.join(reversed(found))
 
 
 def _has_examples(doc: str) -> bool:

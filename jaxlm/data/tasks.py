@@ -377,7 +377,7 @@ TASKS = {
     'docstring': Task('text', 'stdlib_summary', input='{{ code }}\n# What it does:', target=' {{ summary }}', **_CODE),
     'body': Task('text', 'stdlib_body', input='{{ prompt }}', target='{{ body }}', max_new_tokens=256,
                  program='jaxlm.data.stdlib_tasks:program', metric='pass@1'),
-    'line': Task('text', 'stdlib_line', input='{{ prompt }}', target='{{ line }}', max_new_tokens=64, stop=('\n',),
+    'line': Task('text', 'stdlib_line', input='{{ before }}{{ prompt }}', target='{{ line }}', max_new_tokens=64, stop=('\n',),
                  program='import ast\ntrees = [ast.dump(ast.parse(text)) for text in {{ [prompt ~ said, prompt ~ line] | tojson }}]'
                          '\nassert trees[0] == trees[1]', metric='pass@1'),
     'stdlib': Task('document', 'stdlib_text', group=_BY_LENGTH),

@@ -35,7 +35,7 @@ def _last(example: Example, role: str) -> str:
 
 def _tfidf(task: Task, train: Sequence[Example], asked: Sequence[Example]) -> list[Any]:
   """Words and pairs of words by TF-IDF: logistic regression on them; of numbers ridge; of documents and of two answers,
-  cosines."""
+  cosines; of text the answer to the nearest question."""
   try:
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import LogisticRegression, Ridge
@@ -53,6 +53,9 @@ def _tfidf(task: Task, train: Sequence[Example], asked: Sequence[Example]) -> li
     cosine = vectors.transform([e.input for e in asked]) @ vectors.transform([e.second for e in asked]).T
     return np.argsort(-cosine.toarray(), axis=1, kind='stable').tolist()
   seen = vectors.fit_transform(map(text, train))
+  if task.kind == 'text':
+    nearest = (vectors.transform(map(text, asked)) @ seen.T).toarray().argmax(1)
+    return [train[i].target for i in nearest]
   model = Ridge() if task.kind == 'regress' else LogisticRegression(C=10, max_iter=1000)
   return model.fit(seen, [e.target for e in train]).predict(vectors.transform(map(text, asked))).tolist()
 
@@ -68,7 +71,7 @@ def _copy(task: Task, train: Sequence[Example], asked: Sequence[Example]) -> lis
 
 
 _FITS = {'majority': ('classify', 'regress', 'tag', 'span', 'choice', 'text', 'chat'),
-         'tfidf': ('classify', 'regress', 'retrieve', 'prefer'),
+         'tfidf': ('classify', 'regress', 'retrieve', 'prefer', 'text'),
          'lead': ('text', 'chat'), 'copy': ('text', 'chat')}
 BASELINES: dict[str, Baseline] = {'majority': _majority, 'tfidf': _tfidf, 'lead': _lead, 'copy': _copy}
 

@@ -3,7 +3,6 @@ import itertools
 import json
 import random
 import re
-import sys
 
 import pytest
 import tokenizers as hf

@@ -167,8 +167,13 @@ def test_neighbours_stand_one_after_the_other(tasks, lines):
     assert len(said) == stdlib_tasks.CHUNK_LINES and all(line in left for line in said)  # in their order
 
 
-def test_a_line_is_all_that_its_function_does(tasks):
+def test_a_line_is_all_that_its_function_does(tasks, lines):
   for record in tasks['line']:
+    path, number = record['id'].rsplit(':', 1)
+    text, squeeze = ''.join(lines[path]), lambda text: ''.join(text.split())
+    assert len(record['before']) <= stdlib_tasks.MAX_BEFORE
+    assert squeeze(record['before'] + record['prompt'] + record['line']) in squeeze(text)  # as they stand there
+    assert len(record['before']) > 300 or int(number) < 40 or record['before'] == '', record['id']
     [node] = ast.parse(record['prompt'] + record['line']).body
     statements = node.body[1:] if ast.get_docstring(node) else node.body
     assert [ast.unparse(s) for s in statements] == [ast.unparse(ast.parse(record['line'].strip()))], record['id']

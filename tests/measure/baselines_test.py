@@ -37,6 +37,8 @@ def test_words_tell_classes_and_documents():
   assert baselines.answers('tfidf', task, train, [Example('', 'good 99'), Example('', 'so bad')]) == [1, 0]
   pairs = [Example('', 'red fish', 'a red fish swims'), Example('', 'blue bird', 'the blue bird sings')]
   assert [order[0] for order in baselines.answers('tfidf', Task('retrieve'), pairs, pairs)] == [0, 1]
+  told = [Example('', 'red fish', target='swims'), Example('', 'blue bird', target='sings')]
+  assert baselines.answers('tfidf', Task('text'), told, [Example('', 'a bird'), Example('', 'red')]) == ['sings', 'swims']
 
 
 def test_a_baseline_that_does_not_fit_is_told():
