@@ -1,11 +1,13 @@
-"""A function's body from its head and docstring, scored by its doctests in a sandbox: pass@1 0 of 34
-held-out functions, from a model of 4 million parameters; of functions of one line (`task=line`, right when they parse to the
-same tree) 2 of 310, where the commonest line is 1; 4 from a decoder of three times the steps. 300 steps, 10 minutes beside
-other work.
+"""The only line of a function from its head, its docstring and what stands before it in its file (`task=line`, right when it
+parses to the same tree): 24 of 310 held-out ones, 4.8 to 11.0 in a hundred, where the answer to the nearest question by
+TF-IDF is 4 and the commonest line 1; 300 steps of 8 rows, 11 minutes beside other work, from a decoder of 1,400 steps.
+A body from head and docstring (`task=body`), scored by its doctests in a sandbox: pass@1 0 of 34, from a model of 4 million
+parameters.
 
+  python -m jaxlm.main --config=experiments/small.py:structure=decoder --config.steps=1400 --config.seq_len=512 --config.batch_size=8 --workdir=runs/decoder
+  python -m jaxlm.main --config=experiments/code.py:start=runs/decoder,task=line --config.batch_size=8 --workdir=runs/line
+  python -m jaxlm.evaluate --model=runs/line --tasks=line
   python -m jaxlm.main --config=experiments/code.py:start=runs/decoder
-  python -m jaxlm.main --config=experiments/code.py:start=runs/decoder,task=line
-  python -m jaxlm.evaluate --model=runs/code-start=runs_decoder --tasks=body
 """
 from jaxlm import config as base
 
