@@ -1,8 +1,9 @@
 """Small models of code, which experiments of tasks start from; they never saw files that the tasks hold out.
 
 4.2 million parameters, 3.3 million tokens, half an hour each beside other work on two cores. The decoder needs 1.271
-bits a held-out byte (1.053 after 2,400 steps; 1.059 after 1,400 of 8 rows of 512, 36 minutes), where gzip -9 needs 2.098; the encoder finds 37.8% of the tokens that are hidden, 30 of a hundred,
-at 3.54 nats; the encoder-decoder (8.4 million) finds 22.5% of the tokens of hidden spans, at 4.47 nats, after 26 minutes.
+bits a held-out byte (1.053 after 2,400 steps; 1.059 after 1,400 of 8 rows of 512, 36 minutes), where gzip -9 needs 2.098;
+the encoder finds 37.8% of the tokens that are hidden, 30 of a hundred, at 3.54 nats; the encoder-decoder (8.4 million)
+finds 22.5% of the tokens of hidden spans, at 4.47 nats, after 26 minutes.
 
   python -m jaxlm.main --config=experiments/small.py:structure=decoder --workdir=runs/decoder
   python -m jaxlm.main --config=experiments/small.py:structure=encoder --workdir=runs/encoder
