@@ -7,15 +7,19 @@ to 0.894) after 300 steps without dropout. The rated sentences of BUILD_NOTES, f
   python -m jaxlm.main --config=experiments/embed.py:start=runs/encoder,task=neighbours --config.steps=300 --workdir=runs/neighbours
   python -m jaxlm.main --config=experiments/finetune_classify.py:start=runs/neighbours --config.steps=800 --config.model.dropout=0.1
   python -m jaxlm.main --config=experiments/finetune_classify.py:start=runs/encoder,task=mine.json,labels=3
+  python -m jaxlm.main --config=experiments/finetune_classify.py:start=runs/encoder,task=mine.json,kind=regress,labels=1
   python -m jaxlm.evaluate --model=runs/finetune_classify-start=runs_encoder --tasks=module
 """
 from jaxlm import config as base
 
 
+BEST = dict(classify='macro_f1', multi_label='macro_f1', regress='pearson')
+
+
 def get_config(arg=None):
-  arg = base.parse_arg(arg, start='', task='module', labels=20, smoke=False)
-  config = base.tune(base.default(), arg.task, 'classify', arg.start)
+  arg = base.parse_arg(arg, start='', task='module', kind=base.one_of('classify', BEST), labels=20, smoke=False)
+  config = base.tune(base.default(), arg.task, arg.kind, arg.start)
   config.model.update(structure='encoder')
   config.model.head.update(lm=False, labels='sequence', num_labels=arg.labels, pool='mean')
-  config.checkpoint.update(best_metric='eval/validation/macro_f1', best_is_highest=True, patience=3)
+  config.checkpoint.update(best_metric=f'eval/validation/{BEST[arg.kind]}', best_is_highest=True, patience=3)
   return base.smoke(config) if arg.smoke else config

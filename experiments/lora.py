@@ -9,9 +9,9 @@ from jaxlm import config as base
 
 
 def get_config(arg=None):
-  arg = base.parse_arg(arg, start='', method=base.one_of('lora', ('lora', 'ia3', 'bottleneck', 'bitfit')),
+  arg = base.parse_arg(arg, start='', task='docstring', method=base.one_of('lora', ('lora', 'ia3', 'bottleneck', 'bitfit')),
                        base=base.one_of('same', ('same', 'int8', 'nf4')), smoke=False)
-  config = base.tune(base.default(), 'docstring', 'answer', arg.start)
+  config = base.tune(base.default(), arg.task, 'answer', arg.start)
   config.model.peft.update(method=arg.method, base=arg.base)
   config.optim.lr = 2e-3  # few parameters take larger steps
   return base.smoke(config) if arg.smoke else config

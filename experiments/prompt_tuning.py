@@ -10,9 +10,9 @@ from jaxlm import config as base
 
 
 def get_config(arg=None):
-  arg = base.parse_arg(arg, start='', method=base.one_of('prefix', ('prompt', 'prefix')),
+  arg = base.parse_arg(arg, start='', task='docstring', method=base.one_of('prefix', ('prompt', 'prefix')),
                        encoder=base.one_of('mlp', ('none', 'mlp', 'lstm')), smoke=False)
-  config = base.tune(base.default(), 'docstring', 'answer', arg.start)
+  config = base.tune(base.default(), arg.task, 'answer', arg.start)
   config.model.peft.update(method=arg.method, encoder=arg.encoder)
   config.steps = 600
   # A prompt's few vectors take large steps (Lester et al. 2021: 0.3 of Adafactor), a network that makes them does not.

@@ -356,10 +356,10 @@ def lock(workdir: str | os.PathLike) -> Iterator[None]:
 def _forget(path: pathlib.Path) -> None:
   """Removes a lock with its run directory, if nothing else is there."""
   checkpoints = path.with_name('checkpoints')
-  if {*path.parent.iterdir()} <= {path, checkpoints} and not (checkpoints.exists() and any(checkpoints.iterdir())):
-    with contextlib.suppress(OSError):  # another job may begin in this very moment
+  with contextlib.suppress(OSError):  # it may have gone, or another job may begin in this very moment
+    if {*path.parent.iterdir()} <= {path, checkpoints}:
       if checkpoints.exists():
-        checkpoints.rmdir()
+        checkpoints.rmdir()  # raises if it holds any
       path.unlink()
       path.parent.rmdir()
 

@@ -10,6 +10,7 @@ import numpy as np
 from jaxlm import decode, losses, reading, sharding
 from jaxlm.data.examples import TaskBatches
 from jaxlm.data.pipeline import HeldoutBatches
+from jaxlm.errors import JaxlmError
 from jaxlm.measure import verdicts
 from jaxlm.models import stages, virtual
 from jaxlm.models.transformer import Transformer
@@ -38,6 +39,14 @@ def score_step(model: Transformer):
   return jax.jit(step, compiler_options=sharding.compiler_options(jax.devices()[0].platform))
 
 
+def _check_best(settings: Any, name: str, told: list[str]) -> None:
+  """Raises JaxlmError, before any training, if the task has no such measure as checkpoints are to be kept by."""
+  known = [f'eval/{name}/{metric}' for metric in ('loss', 'accuracy', 'teacher_kl', *told)]
+  if (settings.keep_best or settings.patience) and settings.best_metric not in known:
+    raise JaxlmError(f'config.checkpoint.best_metric={settings.best_metric!r} is not measured of this task; set it to one of '
+                     f'{", ".join(dict.fromkeys(known))}, and best_is_highest to fit.')
+
+
 class Evaluators:
   """Measures a model on the held-out documents of each source.
 
@@ -61,6 +70,8 @@ class Evaluators:
                      for s in prepared.stores if len(s.heldout)]
     self._validation = TaskBatches(config, prepared.task, objective, rows) if prepared.task else None
     self._scores = score_step(model) if objective.loss == 'labels' else None
+    if self._scores is not None and self._validation:
+      _check_best(config.checkpoint, self._validation.name, verdicts.told(prepared.task.task, prepared.task.examples))
     if self._heldout or self._validation:
       stages.check_rows(self._size, self._layout)  # before any training
     self._covers, by_context = objective.covers, None

@@ -3,8 +3,10 @@
 Answers do not depend on the batch they were computed in, nor on the order of examples; a measurement that was stopped
 goes on where it was.
 """
+import collections
 import dataclasses
 import hashlib
+import itertools
 import json
 import os
 from typing import Any, Callable, Sequence
@@ -256,11 +258,9 @@ def right(task: Task, examples: Sequence[Example]) -> list[Any]:
     return [[numbers.setdefault(example.second, len(numbers))] for example in examples]
   if task.kind == 'prefer':
     return [1] * len(examples)
-  return list(map(_last_answer, examples)) if task.kind == 'chat' else verdicts.references(task, examples)
-
-
-def _last_answer(example: Example) -> str:
-  return next(m['content'] for m in reversed(example.messages) if m['role'] == 'assistant')
+  if task.kind == 'chat':
+    return [tasks.last_said(example, 'assistant') for example in examples]
+  return verdicts.references(task, examples)
 
 
 def hold(lm: LM, task: Task, terms: Terms = Terms(), kept: str = '') -> dict[str, Any]:
@@ -327,7 +327,7 @@ def _asked(lm: LM, task: Task, asked: Sequence[Example], terms: Terms, kept: str
   if task.program:
     verdicts.metric_of(task).rows([[True] * terms.samples])  # too few are told of before any is drawn
   elif task.kind in ('text', 'chat'):
-    verdicts.metric_of(task).rows([''], right(task, asked[:1]))  # and a package that is missing before any is asked
+    verdicts.metric_of(task).rows([''], right(task, asked)[:1])  # and a package that is missing before any is asked
   prompts = _prompts(lm, task, asked, terms)
   key = json.dumps([dataclasses.asdict(dataclasses.replace(terms, batch_size=0, limit=0)), dataclasses.asdict(task),
                     _fingerprint(lm) if kept else ''], sort_keys=True, default=str)
@@ -368,7 +368,7 @@ def _fingerprint(lm: LM) -> str:
 
 def _chat_prompt(lm: LM, template: templates.Template, example: Example) -> list[int]:
   last = max(i for i, message in enumerate(example.messages) if message['role'] == 'assistant')
-  return chat.prompt_ids(lm.tokenizer, template, list(example.messages[:last]), example.record.get('tools'))
+  return chat.prompt_ids(lm.tokenizer, template, list(example.messages[:last]), example.tools)
 
 
 def _read_kept(kept: str, key: str) -> dict[str, Any]:
@@ -398,14 +398,20 @@ def _names(ids: Sequence[str]) -> list[str]:
   return short if len(set(short)) == len(ids) else list(ids)
 
 
+def _numbered(names: Sequence[str]) -> list[tuple[str, int]]:
+  """Names, each with how many like it stand before."""
+  seen: collections.defaultdict[str, itertools.count] = collections.defaultdict(itertools.count)
+  return [(name, next(seen[name])) for name in names]
+
+
 def compared(task: Task, found: dict[str, Any], other: dict[str, Any], seed: int = 0) -> dict[str, dict[str, float]]:
   """{measure: difference to another model's results, its interval and p}, by the same examples.
 
   Raises:
     JaxlmError: the other was asked other examples.
   """
-  rows = {name: dict(zip(_names([said['id'] for said in results['said']]), [said['row'] for said in results['said']]))
-          for name, results in (('here', found), ('there', other))}
+  rows = {name: dict(zip(_numbered(_names([said['id'] for said in results['said']])),
+                         [said['row'] for said in results['said']])) for name, results in (('here', found), ('there', other))}
   if rows['here'].keys() != rows['there'].keys():
     raise JaxlmError('The two results are of other examples; measure both with the same split and limit.')
   paired = intervals.paired(verdicts.metric_of(task), np.array(list(rows['here'].values())),

@@ -16,7 +16,8 @@ import jaxlm
 from jaxlm import config as base
 from jaxlm import evaluate, exam, programs, sharding
 from jaxlm.checkpoint import Checkpoints
-from jaxlm.data import tokenizers
+from jaxlm.data import tasks, tokenizers
+from jaxlm.errors import JaxlmError
 from jaxlm.lm import LM
 from jaxlm.measure import intervals, scores
 from jaxlm.models.config import freeze
@@ -303,3 +304,19 @@ def test_help_tells_every_flag(capsys):
   text = capsys.readouterr().out
   names = 'harness', 'harness_tasks', 'max_length', 'chat_template', 'shots', 'against'
   assert all(f'--{name}' in text for name in names) and 'FILE.said' in text
+
+
+def test_examples_of_one_id_are_compared_one_by_one():
+  said = lambda *answers: dict(said=[dict(id='same.txt', row=row) for row in scores.METRICS['accuracy'].rows(
+      answers, [1] * len(answers)).tolist()])
+  task = tasks.Task('choice')
+  assert exam.compared(task, said(1, 1, 0, 1), said(0, 1, 0, 0))['accuracy']['difference'] == 0.5
+  with pytest.raises(JaxlmError, match='other examples'):
+    exam.compared(task, said(1), said(1, 1))
+
+
+def test_a_last_turn_that_says_nothing_is_named_before_anything_is_asked():
+  called = dict(role='assistant', tool_calls=[dict(function=dict(name='f', arguments={}))])
+  example = tasks.Example('x.jsonl:3', messages=(dict(role='user', content='a'), called))
+  with pytest.raises(JaxlmError, match='x.jsonl:3: the last turn of the assistant calls a tool and says nothing'):
+    exam.right(tasks.Task('chat'), [example])

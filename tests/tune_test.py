@@ -1,5 +1,7 @@
 """Adapting a trained model: what is trained and saved, what stays, on any mesh, and what a loaded delta computes."""
 import json
+import os
+import pathlib
 
 import numpy as np
 import pytest
@@ -381,7 +383,7 @@ def test_patterns_and_settings_that_mean_nothing_are_told(world, tmp_path):
       (lora | {'optim.freeze': ('.*value.*',)}, 'a delta is all that is trained'),
       ({'loss.class_weights': (1.0, 2.0)}, '2 of them for config.model.head.num_labels=8 classes'),
       ({'eval_every': 1, 'checkpoint.patience': 1, 'checkpoint.best_metric': 'eval/validation/acuracy'},
-       "best_metric='eval/validation/acuracy' is not measured; set it to one of .*eval/validation/accuracy"))
+       "best_metric='eval/validation/acuracy' is not measured of this task; set it to one of .*eval/validation/accuracy"))
   for i, (changes, told) in enumerate(cases):
     with pytest.raises((JaxlmError, RunFailed), match=told):
       train.run(tuned(tasks, 'classify', 'classify', 'encoder', runs['encoder'], **changes), f'{tmp_path}/{i}')
@@ -403,6 +405,24 @@ def test_a_base_of_another_shape_is_refused_by_name(world, tmp_path):
     config = tuned(tasks, 'answer', 'text', start=runs['decoder'], **change)
     with pytest.raises(JaxlmError, match=f'config.checkpoint.init_from: .*{told}'):
       train.run(config, f'{tmp_path}/run')
+
+
+def test_what_would_end_a_run_after_its_training_is_told_before(world, tmp_path):
+  tasks, runs = world
+  best = {'checkpoint.keep_best': 1, 'checkpoint.best_metric': 'eval/validation/pearson'}
+  with pytest.raises(JaxlmError, match="best_metric='eval/validation/pearson' is not measured of this task; .*macro_f1"):
+    train.run(tuned(tasks, 'classify', 'classify', structure='encoder', **best), f'{tmp_path}/run')
+  described = json.loads(pathlib.Path(tasks['classify']).read_text())
+  for metric, told in (('accurracy', 'Unknown measure'), ('bleu', 'wanted a text')):
+    path = tmp_path / f'{metric}.json'
+    path.write_text(json.dumps(described | dict(metric=metric)))
+    with pytest.raises(JaxlmError, match=told):
+      train.run(tuned({'classify': str(path)}, 'classify', 'classify', structure='encoder'), f'{tmp_path}/run')
+  plain = {'model.attention.bias': False, 'model.attention.out_bias': False, 'model.mlp.bias': False,
+           'model.norm.kind': 'rmsnorm', 'model.peft.method': 'bitfit'}
+  with pytest.raises(JaxlmError, match="'bitfit' trains biases, and this model has none"):
+    train.run(tuned(tasks, 'answer', 'text', **plain), f'{tmp_path}/run')
+  assert not os.path.exists(f'{tmp_path}/run')
 
 
 def test_what_a_task_and_an_objective_do_not_share_is_refused(world, tmp_path):

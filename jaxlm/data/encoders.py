@@ -177,7 +177,7 @@ def _chosen(form: Form, example: Example) -> Iterator[Row]:
 
 def _conversation(form: Form, example: Example) -> Iterator[Row]:
   """All turns, of which the assistant's count; the last ones are left out until the rest fits."""
-  messages, tools = list(example.messages), example.record.get('tools')
+  messages, tools = list(example.messages), example.tools
   if faults := templates.check(messages):
     raise JaxlmError(f'{example.id}: {faults[0]}')
   while messages:

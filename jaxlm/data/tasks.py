@@ -82,6 +82,7 @@ class Example:
     choices: answers to choose from; documents that do not belong to the query; the worse answer.
     words: that are tagged.
     messages: of a conversation.
+    tools: that it may call, or None.
     answers: all that count as right, of a span or a text.
     record: as it was.
     group: that it belongs to, or ''.
@@ -93,6 +94,7 @@ class Example:
   choices: tuple[str, ...] = ()
   words: tuple[str, ...] = ()
   messages: tuple[Record, ...] = ()
+  tools: tuple[Record, ...] | None = None
   answers: tuple[str, ...] = ()
   record: Record = dataclasses.field(default_factory=dict)
   group: str = ''
@@ -200,7 +202,8 @@ def _answered(task: Task, id: str, record: Record, make: Callable[[str], str]) -
   target = make(task.target)
   if not target.strip():
     raise JaxlmError(f'{id}: the target is empty; mend or remove the record.')
-  answers = _field(task, 'answers', id, record, 'a list of texts', _is_texts) if 'answers' in task.fields else ()
+  answers = _field(task, 'answers', id, record, 'a list of at least one text', lambda x: _is_texts(x) and len(x) > 0
+                   ) if 'answers' in task.fields else ()
   return dict(target=target, answers=tuple(answers))
 
 
@@ -235,7 +238,39 @@ def _conversation(task: Task, id: str, record: Record, make: Callable[[str], str
       isinstance(m, Mapping) for m in x))
   if faults := templates.check(messages):
     raise JaxlmError(f'{id}: {faults[0]}')
-  return dict(messages=tuple(messages))
+  return dict(messages=tuple(messages), tools=_tools(task, id, record))
+
+
+def _tools(task: Task, id: str, record: Record) -> tuple[Record, ...] | None:
+  """A list of objects, or JSON of one; None where there are none."""
+  if 'tools' not in task.fields and record.get('tools') is None:
+    return None
+  found = _field(task, 'tools', id, record, 'a list of tools, each an object, or JSON of one',
+                 lambda x: not x or _objects(x) is not None)
+  return _objects(found) or None
+
+
+def _objects(value: Any) -> tuple[Record, ...] | None:
+  if isinstance(value, str):
+    try:
+      value = json.loads(value)
+    except ValueError:
+      return None
+  whole = isinstance(value, (list, tuple)) and all(isinstance(x, Mapping) for x in value)
+  return tuple(value) if whole else None
+
+
+def last_said(example: Example, role: str) -> str:
+  """The last turn of a role.
+
+  Raises:
+    JaxlmError: it calls a tool and says nothing, which no measure reads.
+  """
+  said = next(message.get('content') for message in reversed(example.messages) if message['role'] == role)
+  if said is None:
+    raise JaxlmError(f'{example.id}: the last turn of the {role} calls a tool and says nothing, which no measure of text '
+                     'reads; end the conversation with an answer, or leave it out.')
+  return said
 
 
 def _document(task: Task, id: str, record: Record, make: Callable[[str], str]) -> dict[str, Any]:
@@ -254,17 +289,23 @@ class Kind:
     read: (task, id, record, template -> text) -> fields of the example.
     metric: a key of METRICS.
     labels: whether there are names to choose from.
+    fields: what it reads of a record that is no text.
   """
   read: Callable[..., dict[str, Any]]
   metric: str
   labels: bool = False
+  fields: tuple[str, ...] = ()
 
 
 KINDS = {
-    'classify': Kind(_classified, 'f1', labels=True), 'multi_label': Kind(_many_labels, 'multilabel_f1', labels=True),
-    'regress': Kind(_number, 'pearson'), 'tag': Kind(_tagged, 'entity_f1', labels=True), 'span': Kind(_span, 'squad'),
-    'text': Kind(_answered, 'rouge'), 'choice': Kind(_choice, 'accuracy'), 'retrieve': Kind(_retrieved, 'ranking'),
-    'chat': Kind(_conversation, 'rouge'), 'prefer': Kind(_preferred, 'accuracy'),
+    'classify': Kind(_classified, 'f1', labels=True), 'regress': Kind(_number, 'pearson'),
+    'multi_label': Kind(_many_labels, 'multilabel_f1', labels=True, fields=('labels',)),
+    'tag': Kind(_tagged, 'entity_f1', labels=True, fields=('words', 'tags')),
+    'span': Kind(_span, 'squad', fields=('answers', 'answer', 'start')),
+    'text': Kind(_answered, 'rouge', fields=('answers',)), 'choice': Kind(_choice, 'accuracy', fields=('choices',)),
+    'retrieve': Kind(_retrieved, 'ranking', fields=('negatives',)),
+    'chat': Kind(_conversation, 'rouge', fields=('messages', 'tools')),
+    'prefer': Kind(_preferred, 'accuracy', fields=('rejected',)),
     'document': Kind(_document, 'perplexity'),
 }
 TEXTLESS = ('tag', 'chat')  # kinds whose records have no `input`
@@ -362,7 +403,11 @@ def described(values: Any, where: str) -> Task:
     inside = value.values() if wanted is dict else value if wanted is list else ()
     if not all(isinstance(x, str) for x in inside):
       raise JaxlmError(f'{where}: {key} wants texts inside, got {value!r}.')
-  lookup(KINDS, values['kind'], 'kind of task')
+  known = lookup(KINDS, values['kind'], 'kind of task').fields
+  for name in values.get('fields', ()):
+    if name not in known:
+      raise JaxlmError(f'{where}: a task of kind {values["kind"]!r} reads no field {name!r}; fields names '
+                       f'{", ".join(known) or "none"}.{nearest(name, known)}')
   for split in values.get('files', ()):
     if split not in sources.SPLITS:
       raise JaxlmError(f'{where}: files has a split {split!r}; a task has {", ".join(sources.SPLITS)}.')

@@ -1,10 +1,10 @@
 """What needs no model: answers that any model should beat, in the form that exams judge."""
 import collections
-from typing import Any, Callable, Sequence
+from typing import Any, Callable, Iterator, Sequence
 
 import numpy as np
 
-from jaxlm.data.tasks import Example, Task
+from jaxlm.data.tasks import Example, Task, last_said
 from jaxlm.errors import JaxlmError
 from jaxlm.lookup import lookup
 
@@ -24,13 +24,9 @@ def _majority(task: Task, train: Sequence[Example], asked: Sequence[Example]) ->
     return [[task.labels[best(of_word[word]) if word in of_word else best(every)] for word in e.words] for e in asked]
   if task.kind == 'regress':
     return [float(np.mean([e.target for e in train]))] * len(asked)
-  told = {'span': lambda e: e.answers[0] if e.answers else '', 'chat': lambda e: _last(e, 'assistant')}
+  told = {'span': lambda e: e.answers[0] if e.answers else '', 'chat': lambda e: last_said(e, 'assistant')}
   answers = list(map(told.get(task.kind, lambda e: e.target), train))
   return [collections.Counter(answers).most_common(1)[0][0]] * len(asked)
-
-
-def _last(example: Example, role: str) -> str:
-  return next(message['content'] for message in reversed(example.messages) if message['role'] == role)
 
 
 def _tfidf(task: Task, train: Sequence[Example], asked: Sequence[Example]) -> list[Any]:
@@ -50,14 +46,22 @@ def _tfidf(task: Task, train: Sequence[Example], asked: Sequence[Example]) -> li
     return better[:, 0].astype(int).tolist()
   if task.kind == 'retrieve':
     vectors.fit([e.second for e in train] + [e.input for e in train])
-    cosine = vectors.transform([e.input for e in asked]) @ vectors.transform([e.second for e in asked]).T
-    return np.argsort(-cosine.toarray(), axis=1, kind='stable').tolist()
+    queries, documents = (vectors.transform(texts) for texts in ([e.input for e in asked], [e.second for e in asked]))
+    return [order for part in _cosines(queries, documents) for order in np.argsort(-part, kind='stable').tolist()]
+  if len({e.target for e in train}) == 1:
+    return [train[0].target] * len(asked)
   seen = vectors.fit_transform(map(text, train))
   if task.kind == 'text':
-    nearest = (vectors.transform(map(text, asked)) @ seen.T).toarray().argmax(1)
+    nearest = [i for part in _cosines(vectors.transform(map(text, asked)), seen) for i in part.argmax(1)]
     return [train[i].target for i in nearest]
   model = Ridge() if task.kind == 'regress' else LogisticRegression(C=10, max_iter=1000)
   return model.fit(seen, [e.target for e in train]).predict(vectors.transform(map(text, asked))).tolist()
+
+
+def _cosines(rows: Any, others: Any, size: int = 256) -> Iterator[np.ndarray]:
+  """Of each row with all others, so many rows at a time."""
+  for start in range(0, rows.shape[0], size):
+    yield (rows[start:start + size] @ others.T).toarray()
 
 
 def _lead(task: Task, train: Sequence[Example], asked: Sequence[Example]) -> list[str]:
@@ -67,7 +71,7 @@ def _lead(task: Task, train: Sequence[Example], asked: Sequence[Example]) -> lis
 
 def _copy(task: Task, train: Sequence[Example], asked: Sequence[Example]) -> list[str]:
   """The question itself; in a conversation what the user said last."""
-  return [_last(e, 'user') if task.kind == 'chat' else e.input for e in asked]
+  return [last_said(e, 'user') if task.kind == 'chat' else e.input for e in asked]
 
 
 _FITS = {'majority': ('classify', 'regress', 'tag', 'span', 'choice', 'text', 'chat'),

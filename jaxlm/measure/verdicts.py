@@ -29,6 +29,16 @@ def of_scores(task: Task, examples: Sequence[Example], encoded: Encoded, form: F
   return metric_of(task)(predicted(task, examples, encoded, form, scores), references(task, examples))
 
 
+def told(task: Task, examples: Sequence[Example]) -> list[str]:
+  """Names of the numbers that `of_scores` gives.
+
+  Raises:
+    JaxlmError: no such measure, or one that does not read what this kind of task answers.
+  """
+  right = references(task, examples[:2])
+  return list(metric_of(task)([x[0] if x else '' for x in right] if task.kind == 'span' else right, right))
+
+
 def references(task: Task, examples: Sequence[Example]) -> list[Any]:
   """What is right, as the task's measure takes it."""
   if task.kind == 'tag':

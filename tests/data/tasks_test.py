@@ -48,6 +48,11 @@ def test_every_kind_reads_its_fields(tmp_path):
   many = one('text', dict(text='a', label=['b', 'c']), target=' {{ label[0] }}', fields={'answers': 'label'})
   assert many.target == ' b' and many.answers == ('b', 'c')
   assert one('choice', dict(text='a', choices=['x', 'y'], label='y')).target == 1
+  messages, tool = [dict(role='user', content='a'), dict(role='assistant', content='b')], dict(name='f')
+  for given in ([tool], json.dumps([tool])):
+    assert one('chat', dict(messages=messages, tools=given)).tools == (tool,)
+  assert one('chat', dict(messages=messages, mine=[tool]), fields={'tools': 'mine'}).tools == (tool,)
+  assert all(one('chat', dict(messages=messages, tools=x)).tools is None for x in (None, [], '[]'))
   assert one('retrieve', dict(text='a', doc='b', negatives=['c']), second='{{ doc }}').choices == ('c',)
   assert one('prefer', dict(text='a', good='b', rejected='c'), second='{{ good }}').choices == ('c',)
   turns = [dict(role='user', content='hi'), dict(role='assistant', content='yo')]
@@ -154,6 +159,10 @@ FAULTS = {
                                   "Template 'x {{ text }}': an expression stands in {{ }}, and nothing beside it"),
     'a pattern that is none': ('choice', [dict(text='a', label=0)], dict(fields={'choices': "{{ text | split('(') }}"}),
                                ':1: template .*: missing \\), unterminated subpattern'),
+    'tools that are none': ('chat', [dict(messages=[dict(role='user', content='a'), dict(role='assistant', content='b')],
+                                          tools='f()')], {}, ":1: field 'tools' wants a list of tools, .* got 'f"),
+    'no answer of several': ('text', [dict(text='a', label='b', answers=[])], dict(fields={'answers': 'answers'}),
+                             ":1: field 'answers' wants a list of at least one text, got"),
     'a template that is none': ('classify', [dict(text='a', label='no')], dict(input='{{ text'), 'Template .*'),
 }
 
@@ -221,6 +230,7 @@ def test_a_task_is_described_by_a_file(tmp_path):
                        (dict(stop='x'), "stop wants list, got 'x'"),
                        (dict(files={'train': ['x']}), 'files wants texts inside'),
                        (dict(files={'training': 'x'}), "files has a split 'training'; a task has train, validation, test"),
+                       (dict(fields={'answer': 'a'}), "kind 'text' reads no field 'answer'; fields names answers. Did you"),
                        (dict(labels=['a', 'b', 'a']), 'labels has a name twice')):
     path.write_text(json.dumps(values | change), encoding='utf-8')
     with pytest.raises(JaxlmError, match=told):

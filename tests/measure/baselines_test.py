@@ -1,4 +1,5 @@
 """What any model should beat."""
+import numpy as np
 import pytest
 
 from jaxlm.data.tasks import Example, Task
@@ -39,6 +40,11 @@ def test_words_tell_classes_and_documents():
   assert [order[0] for order in baselines.answers('tfidf', Task('retrieve'), pairs, pairs)] == [0, 1]
   told = [Example('', 'red fish', target='swims'), Example('', 'blue bird', target='sings')]
   assert baselines.answers('tfidf', Task('text'), told, [Example('', 'a bird'), Example('', 'red')]) == ['sings', 'swims']
+  assert baselines.answers('tfidf', task, train[:1], [Example('', 'bad')]) == [1]  # a single class
+  sparse = pytest.importorskip('scipy.sparse')
+  numbers = np.random.default_rng(0).random((600, 5))
+  parts = list(baselines._cosines(sparse.csr_array(numbers), sparse.csr_array(numbers[:7])))
+  assert len(parts) == 3 and np.allclose(np.concatenate(parts), numbers @ numbers[:7].T)
 
 
 def test_a_baseline_that_does_not_fit_is_told():
