@@ -99,7 +99,7 @@ def _by_class(settings: Toxicity) -> Callable[[list[str]], list[float]]:
   if name not in ('classify', 'multi_label'):
     raise JaxlmError(f'classifier={settings.classifier!r} was trained with objective.name={name!r}; give a run of '
                      "'classify' or 'multi_label'.")
-  number = tasks.label_number(tasks.make(judge.config.data.task), f'toxic of {settings.classifier}', settings.toxic)
+  number = tasks.label_number(tasks.Task(name, labels=heads.labels_of(judge)), f'toxic of {settings.classifier}', settings.toxic)
   form = encoders.form_of(judge.config, judge.tokenizer)
   begin, room = form.begin[len(form.front):], form.length - len(form.begin) - len(form.end)
 

@@ -6,8 +6,7 @@ from typing import Any, Sequence
 import jax
 import jax.numpy as jnp
 
-from jaxlm import loading, losses, sharding
-from jaxlm.data import tasks
+from jaxlm import heads, loading, losses, sharding
 from jaxlm.errors import JaxlmError
 from jaxlm.models.transformer import Transformer
 from jaxlm.types import Array
@@ -39,7 +38,7 @@ class Teacher:
     _check(settings, lm, student, objective, tokenizer, config.seq_len)
     model = lm.model.clone(config=dataclasses.replace(lm.model.config, visibility=objective.visibility))
     if objective.loss == 'labels':
-      _check_labels(settings, config.data.task, lm, labels)
+      _check_labels(settings, lm, labels)
       say = _scores
     else:
       say = functools.partial(_words, vocabulary=losses.vocabulary_of(model, config.loss), top_k=settings.top_k,
@@ -101,10 +100,9 @@ def _check(settings: Any, lm: loading.LM, student: Transformer, objective: Any, 
                      'for all.')
 
 
-def _check_labels(settings: Any, task: str, lm: loading.LM, labels: Sequence[str]) -> None:
+def _check_labels(settings: Any, lm: loading.LM, labels: Sequence[str]) -> None:
   """Raises JaxlmError where a teacher's classes are not the student's, one by one."""
-  theirs = lm.config.data.task
-  found = tuple(labels) if theirs == task else tuple(tasks.make(theirs).labels) if theirs else ()
+  found = heads.labels_of(lm)
   if found != tuple(labels):
     raise JaxlmError(f'config.loss.teacher.path: {settings.path} tells apart {", ".join(found) or "classes without names"}, '
                      f'this task {", ".join(labels)}; take a teacher of the same labels, in the same order.')

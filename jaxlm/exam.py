@@ -223,6 +223,9 @@ def _by_head(lm: LM, task: Task, examples: Sequence[Example], terms: Terms) -> l
   if lm.model.config.num_labels != outputs:
     raise JaxlmError(f'The label head of this model has {lm.model.config.num_labels} outputs, the task {outputs}; take '
                      'the model that was fine-tuned for it.')
+  if lm.labels and task.labels and lm.labels != task.labels:
+    raise JaxlmError(f'The label head of this model tells apart {", ".join(lm.labels)}, the task '
+                     f'{", ".join(task.labels)}; give the task these labels, in that order.')
   encoded, form, found = heads.asked(lm, task, terms.split, examples, terms.batch_size)
   widest = max(x.shape[0] for x in found)
   pad = lambda x: np.pad(x, ((0, widest - len(x)), (0, 0)), constant_values=-1e9) if x.ndim == 2 else x

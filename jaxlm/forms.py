@@ -217,4 +217,4 @@ def save_run(folder: Path, target: Path, goes: Source, config: ConfigDict, param
     (kept / UNUSED).mkdir()
     write_weights(kept / UNUSED, [Tensor(name, x.shape, x.dtype, lambda x=x: x) for name, x in goes.unused.items()],
                   shard_bytes)
-  directory.accept(config, {}, tokenizers.load(folder / 'tokenizer').digest, ())
+  directory.accept(config, {}, tokenizers.load(folder / 'tokenizer').digest, (), ())

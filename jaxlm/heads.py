@@ -49,6 +49,11 @@ def asked(lm: LM, task: Task, split: str, examples: Sequence[Example],
   return encoded, form, scores(lm, np.split(encoded.ids, cuts), batch_size, np.split(encoded.types, cuts))
 
 
+def labels_of(lm: LM) -> tuple[str, ...]:
+  """Names of what the label head tells apart; of a run that did not keep them, its task's as that is now."""
+  return lm.labels or (tasks.make(lm.config.data.task).labels if lm.config.data.task else ())
+
+
 def classify(lm: LM, texts: Sequence[str | tuple[str, str]], batch_size: int = 32) -> list[dict[str, float]]:
   """{label: probability} of each text, or pair of texts, laid out as the model was fine-tuned.
 
@@ -57,15 +62,16 @@ def classify(lm: LM, texts: Sequence[str | tuple[str, str]], batch_size: int = 3
   Raises:
     JaxlmError: another model; a text that does not fit into its window.
   """
-  task = tasks.make(lm.config.data.task) if lm.config.data.task else None
-  if task is None or task.kind not in ('classify', 'multi_label') or lm.model.config.head.labels != 'sequence':
+  kind = lm.config.objective.name
+  if not lm.config.data.task or kind not in ('classify', 'multi_label') or lm.model.config.head.labels != 'sequence':
     raise JaxlmError('classify needs a run that learned a task of kind classify or multi_label; this model has a label '
                      f'head of kind {lm.model.config.head.labels!r} and learned {lm.config.data.task or "no task"!r}.')
-  none = (0,) * len(task.labels) if task.kind == 'multi_label' else 0  # of a right answer, which nobody reads
+  task = Task(kind, labels=labels_of(lm))
+  none = (0,) * len(task.labels) if kind == 'multi_label' else 0  # of a right answer, which nobody reads
   pairs = [(text, '') if isinstance(text, str) else text for text in texts]
   examples = [Example(f'text {i}', first, second, target=none) for i, (first, second) in enumerate(pairs)]
   said = np.stack(asked(lm, task, 'test', examples, batch_size)[2])
-  chances = 1 / (1 + np.exp(-said)) if task.kind == 'multi_label' else np.asarray(jax.nn.softmax(said))
+  chances = 1 / (1 + np.exp(-said)) if kind == 'multi_label' else np.asarray(jax.nn.softmax(said))
   return [dict(zip(task.labels, row.tolist())) for row in chances]
 
 

@@ -34,13 +34,14 @@ class LM:
     start: ids that every text begins with, as in training: the beginning-of-text token, or nothing.
     end: ids that a text ends with that is read whole, by an encoder.
     eos: ids that end a text that is produced.
+    labels: names of what a label head tells apart; (): it has none, or they are not known.
     front: ids of virtual tokens, which stand before all that is read.
   """
 
   def __init__(self, config: Any, model: Transformer, params: Tree, tokenizer: tokenizers.Tokenizer | None,
                layout: Layout | None = None, eos: Sequence[int] | None = None,
                frame: tuple[list[int], list[int]] | None = None,
-               prompting: Callable[[list[int]], Prompt] | None = None):
+               prompting: Callable[[list[int]], Prompt] | None = None, labels: Sequence[str] = ()):
     """Args:
       model: scanned or not.
       params: the model's.
@@ -51,7 +52,7 @@ class LM:
     """
     if layout is not None:
       model = Transformer(model.config, layout)
-    self.config, self.tokenizer = config, tokenizer
+    self.config, self.tokenizer, self.labels = config, tokenizer, tuple(labels)
     self.model, self.params = reading.unrolled(model, params)
     self.layout, self.mesh = self.model.layout, self.model.layout.mesh
     self._encodes = model.config.structure == 'encoder_decoder'

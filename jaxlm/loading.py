@@ -59,7 +59,8 @@ def _layout(config: Any, mesh: Any) -> Layout:
 
 
 def _load_run(path: str, mesh: Any, dtype: str | None, base: LM | None, step: int) -> LM:
-  config = RunDirectory(path).config
+  run = RunDirectory(path)
+  config = run.config
   if faults := config_module.faults(config):
     raise JaxlmError('\n'.join(f'{path}/config.json: {fault}' for fault in faults))
   tokenizer = tokenizers.load(os.path.join(path, 'tokenizer'))
@@ -93,7 +94,7 @@ def _load_run(path: str, mesh: Any, dtype: str | None, base: LM | None, step: in
   elif delta:
     params = trees.combine(adopt.base(config, model, tokenizer), params)
   return LM(config, model, params, tokenizer, eos=_ends_of(chosen, tokenizer) or None,
-            frame=frame if any(frame) else None, prompting=objective.prompt)
+            frame=frame if any(frame) else None, prompting=objective.prompt, labels=run.labels)
 
 
 def _load_folder(path: str, mesh: Any, dtype: str | None) -> LM:

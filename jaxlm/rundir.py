@@ -96,13 +96,15 @@ class RunDirectory:
       raise JaxlmError(f'{self._file(name)} holds no JSON object; put it back, or use another workdir.')
     return content
 
-  def check(self, config: ConfigDict, data: dict[str, str], tokenizer: str, allow: Sequence[str]) -> dict[str, Any]:
+  def check(self, config: ConfigDict, data: dict[str, str], tokenizer: str, labels: Sequence[str],
+            allow: Sequence[str]) -> dict[str, Any]:
     """Says whether `config` may start or continue this run; writes nothing.
 
     Args:
       config: validated.
       data: digest of each source's token store, by name.
       tokenizer: its digest.
+      labels: names of the task's classes or tags, in their order.
       allow: groups of keys that may differ from the run's: model, objective, optim, tokenizer, data, seed, batch_size.
     Returns:
       The keys that differ: (value now, value before).
@@ -130,16 +132,25 @@ class RunDirectory:
       if before != now and name not in allow and not lines:
         lines = [f'{self.path} was trained with other {name} (digest {_short(before)}, now {_short(now)}); put the old '
                  f'back, go on with --allow_change={name}, or use another --workdir.']
+      if not lines and self.labels not in ((), tuple(labels)) and 'data' not in allow:
+        lines = [f'{self.path} learned the labels {", ".join(self.labels)}, and the task now has {", ".join(labels) or "none"}; '
+                 'put the old names back, in their order, or use another --workdir.']
       if lines:
         raise JaxlmError('\n'.join(lines))
     return changes
 
-  def accept(self, config: ConfigDict, data: dict[str, str], tokenizer: str, allow: Sequence[str]) -> None:
+  @property
+  def labels(self) -> tuple[str, ...]:
+    """Names of what the label head tells apart, as they were when the run began; (): it has none."""
+    return tuple(self.record.get('labels', ()))
+
+  def accept(self, config: ConfigDict, data: dict[str, str], tokenizer: str, labels: Sequence[str],
+             allow: Sequence[str]) -> None:
     """Records that `config` starts or continues this run, if `check` lets it; then it is the run's config.
 
     To be called when the state is there: a checkpoint that does not fit must leave the old config in its place.
     """
-    changes = self.check(config, data, tokenizer, allow)
+    changes = self.check(config, data, tokenizer, labels, allow)
     if jax.process_index():
       return
     start = {'time': time.strftime('%Y-%m-%dT%H:%M:%S%z'), 'argv': sys.argv, 'devices': [str(d) for d in jax.devices()],
@@ -147,7 +158,7 @@ class RunDirectory:
              'compiler_options': sharding.compiler_options(jax.devices()[0].platform, config.compiler_options),
              'versions': versions(), 'git_commit': git_commit(),
              'changes': {key: {'from': before, 'to': after} for key, (after, before) in changes.items()}}
-    self.record = {'format': FORMAT, 'data_digest': data, 'tokenizer_digest': tokenizer,
+    self.record = {'format': FORMAT, 'data_digest': data, 'tokenizer_digest': tokenizer, 'labels': list(labels),
                    **{k: start[k] for k in ('versions', 'git_commit', 'argv', 'devices', 'xla_flags')},
                    'starts': self.record.get('starts', []) + [start]}
     self.config = config

@@ -325,7 +325,8 @@ def run(config: Any, workdir: str, allow_change: Sequence[str] = ()) -> dict[str
     config = adopt.pinned(config, directory.config)
     prepared = prepare(config)
     parts = Run(config, directory.path, prepared)
-    this = (config, prepared.keys, prepared.tokenizer.digest, allow_change)
+    labels = prepared.task.task.labels if prepared.task else ()
+    this = (config, prepared.keys, prepared.tokenizer.digest, labels, allow_change)
     directory.check(*this)
     if config.checkpoint.resume and directory.config is None:
       rundir.RunDirectory(config.checkpoint.resume).check(*this)

@@ -1,4 +1,5 @@
 """Adapting a trained model: what is trained and saved, what stays, on any mesh, and what a loaded delta computes."""
+import dataclasses
 import json
 import os
 import pathlib
@@ -7,7 +8,7 @@ import numpy as np
 import pytest
 
 import jaxlm
-from jaxlm import checkpoint, train, trees
+from jaxlm import checkpoint, rundir, train, trees
 from jaxlm import config as base
 from jaxlm.errors import JaxlmError, Preempted, RunFailed
 from jaxlm.metrics import read_jsonl
@@ -180,6 +181,24 @@ OBJECTIVES = {'classify': 'classify', 'regress': 'regress', 'multi_label': 'mult
 TOLD = {'classify': 'micro_f1', 'regress': 'pearson', 'multi_label': 'micro_f1', 'tag': 'f1', 'extract': 'exact_match'}
 
 
+def _names_of_labels_are_the_run_s_own(config, run, task):
+  """Whatever its task says later, or where it lies."""
+  from jaxlm import exam, heads
+  lm, told = jaxlm.load(run), 'is a, is b, .*is h, the task x0, x1, x2'
+  other = dataclasses.replace(task, labels=tuple(f'x{i}' for i in range(8)))
+  with pytest.raises(JaxlmError, match=f'The label head of this model tells apart {told}'):
+    exam.hold(lm, dataclasses.replace(other, target='x0'), exam.Terms())
+  lm.config = lm.config.copy_and_resolve_references()
+  lm.config.data.task = 'gone.json'
+  assert [*heads.classify(lm, ['aa'])[0]] == list(task.labels)
+  directory = rundir.RunDirectory(run)
+  directory.record['labels'] = list(other.labels)
+  this = (directory.config, directory.record['data_digest'], directory.record['tokenizer_digest'], task.labels)
+  with pytest.raises(JaxlmError, match='learned the labels x0, .* and the task now has is a, '):
+    directory.check(*this, ())
+  directory.check(*this, ('data',))
+
+
 @pytest.mark.parametrize('objective', OBJECTIVES)
 def test_an_encoder_with_a_new_head_learns_each_kind_of_label(objective, world, tmp_path):
   tasks, runs = world
@@ -204,6 +223,7 @@ def test_an_encoder_with_a_new_head_learns_each_kind_of_label(objective, world, 
     chances = heads.classify(lm, [e.input for e in asked], batch_size=4)
     np.testing.assert_allclose([sum(row.values()) for row in chances], 1, rtol=1e-5)
     best = [task.labels.index(max(row, key=row.get)) for row in chances]
+    _names_of_labels_are_the_run_s_own(config, f'{tmp_path}/run', task)
     assert best == [one['answer'] for one in exam.hold(lm, task, exam.Terms(split='validation'))['said'][:6]]
   else:
     with pytest.raises(JaxlmError, match='classify needs a run that learned a task of kind classify or multi_label'):
