@@ -7,14 +7,12 @@ says is named and moved to bad/. Only the preservation policy deletes.
 import contextlib
 import dataclasses
 import errno
-import fcntl
 import logging
 import math
 import os
 import pathlib
 import re
 import shutil
-import socket
 import tempfile
 import time
 from typing import Any, Iterator, Sequence
@@ -193,8 +191,8 @@ class Checkpoints:
         (self.folder / str(step)).rename(bad)
         log.warning('Checkpoint %s of %s is set aside as %s: %s.', step, self.folder, bad.relative_to(self.folder), why)
       except OSError as e:
-        failure = _reason(e)
-    if failure := _first_told(failure):  # the others wait here until the folder is moved
+        failure = reason(e)
+    if failure := first_told(failure):  # the others wait here until the folder is moved
       raise JaxlmError(f'Cannot move checkpoint {step} ({why}) to {bad}: {failure}. Move it away by hand.')
     self._best.values.pop(step, None)
     self._manager = self._open()  # the old one's list of steps still has this one, and it would not save it again
@@ -221,8 +219,8 @@ class Checkpoints:
         with tempfile.TemporaryFile(dir=self.folder):
           pass
       except OSError as e:
-        failure = _reason(e)
-    if failure := _first_told(failure):
+        failure = reason(e)
+    if failure := first_told(failure):
       raise JaxlmError(f'Cannot write checkpoints to {self.folder}: {failure}. Give a workdir that can be written.')
 
   def _open(self) -> ocp.CheckpointManager:
@@ -265,10 +263,10 @@ class Checkpoints:
     except seal.Damaged as e:
       fault = str(e)
     except OSError as e:
-      unreadable = _reason(e)
-    if unreadable := _first_told(unreadable):
+      unreadable = reason(e)
+    if unreadable := first_told(unreadable):
       raise JaxlmError(f'Cannot read checkpoint {step} in {self.folder}: {unreadable}. Make it readable; it stays.')
-    return _first_told(fault)
+    return first_told(fault)
 
   def _read(self, step: int, want: dict[str, jax.ShapeDtypeStruct], **others: Any) -> tuple[dict, ocp.args.Composite]:
     """({path: array} of what is wanted, all that was read); others: arguments of further items."""
@@ -296,7 +294,7 @@ class Checkpoints:
       yield
     except Exception as e:  # whatever Orbax, TensorStore or the file system raise
       self._best.values.pop(step, None)
-      raise RunFailed(f'Checkpoint {step} was not saved in {self.folder}: {_reason(e)}. Steps that stand: '
+      raise RunFailed(f'Checkpoint {step} was not saved in {self.folder}: {reason(e)}. Steps that stand: '
                       f'{_listed(self.steps())}. Mend this and start the run again.') from e
 
 
@@ -310,58 +308,6 @@ def _remove(folder: pathlib.Path) -> None:
         raise
       time.sleep(wait_s)
   shutil.rmtree(folder, ignore_errors=not folder.exists())
-
-
-@contextlib.contextmanager
-def lock(workdir: str | os.PathLike) -> Iterator[None]:
-  """Holds a run directory: one job each.
-
-  The kernel lets go when the process ends, however it ends; the file stays, unless what was begun here failed before it
-  left anything: then there is no directory, as before. In a run of several processes all of them call this, and the first
-  one holds it.
-
-  Raises:
-    JaxlmError: another process holds it (named), or the directory cannot be written.
-  """
-  path = pathlib.Path(workdir).absolute() / 'lock'
-  failure, file, is_new = '', None, False
-  if jax.process_index() == 0:
-    try:
-      is_new = not path.parent.exists()
-      path.parent.mkdir(parents=True, exist_ok=True)
-      file = open(path, 'a+')  # not 'w': the holder's name is in it
-      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-      file.truncate(0)
-      file.write(f'host {socket.gethostname()}, pid {os.getpid()}')
-      file.flush()
-    except BlockingIOError:
-      file.seek(0)
-      failure = (f'{path.parent} is in use by another process ({file.read().strip() or "unnamed"}). '
-                 'Wait for it, stop it, or use another workdir.')
-    except OSError as e:
-      failure = f'Cannot lock {path.parent}: {_reason(e)}. Give a workdir that can be written.'
-  try:
-    if failure := _first_told(failure):
-      raise JaxlmError(failure)
-    yield
-  except BaseException:
-    if file and is_new:
-      _forget(path)
-    raise
-  finally:
-    if file:
-      file.close()
-
-
-def _forget(path: pathlib.Path) -> None:
-  """Removes a lock with its run directory, if nothing else is there."""
-  checkpoints = path.with_name('checkpoints')
-  with contextlib.suppress(OSError):  # it may have gone, or another job may begin in this very moment
-    if {*path.parent.iterdir()} <= {path, checkpoints}:
-      if checkpoints.exists():
-        checkpoints.rmdir()  # raises if it holds any
-      path.unlink()
-      path.parent.rmdir()
 
 
 @dataclasses.dataclass
@@ -427,7 +373,7 @@ def _like(target: Tree, arrays: dict[str, jax.Array]) -> Tree:
   return trees.map_paths(typed, target)
 
 
-def _first_told(text: str) -> str:
+def first_told(text: str) -> str:
   """The first text that is not empty of all processes; '' where all are. A barrier too."""
   if jax.process_count() == 1:
     return text
@@ -454,7 +400,7 @@ def _groups(want: dict[str, jax.ShapeDtypeStruct]) -> Iterator[dict[str, jax.Sha
   yield group
 
 
-def _reason(e: BaseException) -> str:
+def reason(e: BaseException) -> str:
   """One line of an exception; of TensorStore's several hundred letters, what the system said."""
   if code := getattr(e, 'errno', None) or re.search(r"os_error_code='(\d+)'", str(e)):
     return os.strerror(code if isinstance(code, int) else int(code[1]))

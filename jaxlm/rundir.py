@@ -1,20 +1,25 @@
-"""The run directory: what a run is, kept as data, and whether a config may continue it."""
+"""The run directory: one job at a time, what a run is, kept as data, and whether a config may continue it."""
+import contextlib
 import copy
+import fcntl
 import json
 import os
+import pathlib
 import platform
 import re
+import socket
 import subprocess
 import sys
 import time
 from importlib import metadata
-from typing import Any, Sequence
+from typing import Any, Iterator, Sequence
 
 import jax
 from ml_collections import ConfigDict
 
 from jaxlm import config as config_module
 from jaxlm import sharding
+from jaxlm.checkpoint import first_told, reason
 from jaxlm.errors import JaxlmError
 from jaxlm.lookup import nearest
 
@@ -59,6 +64,58 @@ def completed(values: dict[str, Any]) -> ConfigDict:
   known = {axis for axis, _ in rules}
   rules += [rule for rule in config_module.KEYS['sharding.rules'].value if rule[0] not in known]
   return config_module.from_plain(values)
+
+
+@contextlib.contextmanager
+def lock(workdir: str | os.PathLike) -> Iterator[None]:
+  """Holds a run directory: one job each.
+
+  The kernel lets go when the process ends, however it ends; the file stays, unless what was begun here failed before it
+  left anything: then there is no directory, as before. In a run of several processes all of them call this, and the first
+  one holds it.
+
+  Raises:
+    JaxlmError: another process holds it (named), or the directory cannot be written.
+  """
+  path = pathlib.Path(workdir).absolute() / 'lock'
+  failure, file, is_new = '', None, False
+  if jax.process_index() == 0:
+    try:
+      is_new = not path.parent.exists()
+      path.parent.mkdir(parents=True, exist_ok=True)
+      file = open(path, 'a+')  # not 'w': the holder's name is in it
+      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+      file.truncate(0)
+      file.write(f'host {socket.gethostname()}, pid {os.getpid()}')
+      file.flush()
+    except BlockingIOError:
+      file.seek(0)
+      failure = (f'{path.parent} is in use by another process ({file.read().strip() or "unnamed"}). '
+                 'Wait for it, stop it, or use another workdir.')
+    except OSError as e:
+      failure = f'Cannot lock {path.parent}: {reason(e)}. Give a workdir that can be written.'
+  try:
+    if failure := first_told(failure):
+      raise JaxlmError(failure)
+    yield
+  except BaseException:
+    if file and is_new and not failure:  # else it is another's
+      _forget(path)
+    raise
+  finally:
+    if file:
+      file.close()
+
+
+def _forget(path: pathlib.Path) -> None:
+  """Removes a lock with its run directory, if nothing else is there."""
+  checkpoints = path.with_name('checkpoints')
+  with contextlib.suppress(OSError):  # it may have gone, or another job may begin in this very moment
+    if {*path.parent.iterdir()} <= {path, checkpoints}:
+      if checkpoints.exists():
+        checkpoints.rmdir()  # raises if it holds any
+      path.unlink()
+      path.parent.rmdir()
 
 
 class RunDirectory:
@@ -134,7 +191,7 @@ class RunDirectory:
                  f'back, go on with --allow_change={name}, or use another --workdir.']
       if not lines and self.labels not in ((), tuple(labels)) and 'data' not in allow:
         lines = [f'{self.path} learned the labels {", ".join(self.labels)}, and the task now has {", ".join(labels) or "none"}; '
-                 'put the old names back, in their order, or use another --workdir.']
+                 'put the old names back, in their order, go on with --allow_change=data, or use another --workdir.']
       if lines:
         raise JaxlmError('\n'.join(lines))
     return changes

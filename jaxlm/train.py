@@ -13,7 +13,7 @@ import numpy as np
 import optax
 
 from jaxlm import adopt, check, fits, losses, objectives, optim, rundir, sharding, task_losses, trees
-from jaxlm.checkpoint import Checkpoints, lock
+from jaxlm.checkpoint import Checkpoints
 from jaxlm.cluster import Watch
 from jaxlm.data import examples, pipeline, plans, store
 from jaxlm.distil import Teacher
@@ -320,7 +320,7 @@ def run(config: Any, workdir: str, allow_change: Sequence[str] = ()) -> dict[str
     Preempted: it was asked to stop, and saved.
   """
   check.validate(config)
-  with Signals() as signals, lock(workdir):
+  with Signals() as signals, rundir.lock(workdir):
     directory = rundir.RunDirectory(workdir)
     config = adopt.pinned(config, directory.config)
     prepared = prepare(config)

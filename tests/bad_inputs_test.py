@@ -47,7 +47,7 @@ ENV = {**os.environ, 'PYTHONPATH': str(pathlib.Path(__file__).parents[1])}  # of
 
 def in_use(stack: contextlib.ExitStack) -> None:
   """Another process holds the run directory until the case ends."""
-  code = 'import sys\nfrom jaxlm.checkpoint import lock\nwith lock("runs/tiny"): print(flush=True); sys.stdin.read()'
+  code = 'import sys\nfrom jaxlm.rundir import lock\nwith lock("runs/tiny"): print(flush=True); sys.stdin.read()'
   holder = subprocess.Popen([sys.executable, '-c', code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=ENV)
   stack.callback(holder.wait)
   stack.callback(holder.stdin.close)

@@ -18,8 +18,9 @@ import optax
 import pytest
 
 from jaxlm import seal, trees
-from jaxlm.checkpoint import Checkpoints, lock
+from jaxlm.checkpoint import Checkpoints
 from jaxlm.errors import JaxlmError, RunFailed
+from jaxlm.rundir import lock
 from jaxlm.types import TrainState
 
 DATA = {'examples': 96, 'skips': [[3, 7]]}
@@ -370,7 +371,8 @@ PRELUDE = '''
 import os, pathlib, signal, sys, time
 import jax, jax.numpy as jnp
 from jaxlm import seal
-from jaxlm.checkpoint import Checkpoints, lock
+from jaxlm.checkpoint import Checkpoints
+from jaxlm.rundir import lock
 folder = pathlib.Path(sys.argv[1])
 '''
 
@@ -446,6 +448,15 @@ def test_a_start_that_fails_leaves_no_empty_run_directory(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ([] if name == 'new' else ['kept'])
   with lock(tmp_path / 'kept'):
     pass
+
+
+def test_a_job_that_came_a_moment_too_late_leaves_the_lock_of_the_first(tmp_path, monkeypatch):
+  with lock(tmp_path / 'run'):
+    with monkeypatch.context() as patch:
+      patch.setattr(pathlib.Path, 'exists', lambda path: False)  # as it looked before the first one began
+      with pytest.raises(JaxlmError, match='in use by another process'), lock(tmp_path / 'run'):
+        pass
+    assert [p.name for p in (tmp_path / 'run').iterdir()] == ['lock']
 
 
 TWO_PROCESSES = '''

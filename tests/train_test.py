@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlm import checkpoint, sharding, state, train
+from jaxlm import checkpoint, rundir, sharding, state, train
 from jaxlm.data.pipeline import documents_at
 from jaxlm import objectives
 from jaxlm.errors import JaxlmError, Preempted, RunFailed
@@ -291,7 +291,7 @@ def test_ema_is_kept_and_evaluated(tiny, tmp_path):
 
 
 def test_two_jobs_cannot_share_a_run_directory(tiny, tmp_path):
-  with checkpoint.lock(tmp_path / 'run'), pytest.raises(JaxlmError, match='in use by another process'):
+  with rundir.lock(tmp_path / 'run'), pytest.raises(JaxlmError, match='in use by another process'):
     train.run(tiny, f'{tmp_path}/run')
 
 
