@@ -67,7 +67,9 @@ def base_of(name, architecture=None):
   model = freeze(hf.whole_model(hf._overrides(family, case, architecture)) | dict(scan=True), vocab_size=V,
                  visibility=hf.VISIBILITY[family.BASE.get('structure', 'decoder')])
   rng = np.random.default_rng(0)
-  draw = lambda path, shape: (rng.normal(size=shape) * (0.3 if len(shape) > 1 else 0.1)
+  # T5 leaves q·k as it is and begins with smaller queries; scores as large as others' weights make them amplify rounding.
+  small = lambda path: model.attention.head_dim ** -0.5 if name == 't5' and path.endswith('query/kernel') else 1.0
+  draw = lambda path, shape: (rng.normal(size=shape) * (0.3 if len(shape) > 1 else 0.1) * small(path)
                               + path.endswith('norm/scale')).astype(np.float32)
   params = {path: draw(path, shape) for path, shape in transfer.param_shapes(model).items()}
   for path in ('embed/embedding', 'head', 'head_bias'):
@@ -142,8 +144,7 @@ def theirs(tmp_path_factory):
 
 def close(found, want, plain):
   assert np.abs(want - plain).max() > 1e-2  # or there would be nothing to agree on
-  # float32, another order of sums; measured max 6.5e-5, on one machine 1.01e-4 at -2.4 (T5)
-  np.testing.assert_allclose(found, want, rtol=1e-5, atol=1e-4)
+  np.testing.assert_allclose(found, want, atol=1e-4)  # float32, another order of sums; measured max 6.4e-5 (T5)
 
 
 @pytest.mark.parametrize('name, method', [*PAIRS, ('gpt_neox', 'lora')])
