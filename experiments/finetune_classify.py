@@ -12,7 +12,6 @@ to 0.894) after 300 steps without dropout. The rated sentences of BUILD_NOTES, f
 """
 from jaxlm import config as base
 
-
 BEST = dict(classify='macro_f1', multi_label='macro_f1', regress='pearson')
 
 

@@ -215,7 +215,7 @@ def _check_sites(settings: Any, params: Tree) -> None:
   if settings.also and not any(trees.matches(settings.also, path) for path in paths):
     raise JaxlmError(f'config.model.peft.also: {settings.also!r} matches no parameter; patterns match a whole path, such as '
                      f'{paths[0]!r}.')
-  if settings.method == 'bitfit' and not any(path.endswith('bias') for path in paths):
+  if settings.method == 'bitfit' and not any(map(peft.is_bias, paths)):
     raise JaxlmError("config.model.peft.method='bitfit' trains biases, and this model has none; take another method, such as "
                      "'lora'.")
   if settings.method != 'bitfit' and not any(map(peft.is_delta, paths)):

@@ -56,12 +56,17 @@ def is_delta(path: str) -> bool:
   return _DELTA.fullmatch(path) is not None
 
 
+def is_bias(path: str) -> bool:
+  """Whether BitFit trains it."""
+  return path.rpartition('/')[2] in ('bias', 'head_bias')
+
+
 def is_trained(peft: PeftConfig, path: str) -> bool:
   """Whether a parameter is trained, stored and saved: the delta; of BitFit the biases; a label head, which no base can
   know; and what the config names."""
   if peft.method == 'none':
     return True
-  biases = peft.method == 'bitfit' and path.rpartition('/')[2] in ('bias', 'head_bias')
+  biases = peft.method == 'bitfit' and is_bias(path)
   return is_delta(path) or path.startswith('labels/') or biases or bool(peft.also) and trees.matches(peft.also, path)
 
 
