@@ -279,11 +279,15 @@ def hold(lm: LM, task: Task, terms: Terms = Terms(), kept: str = '') -> dict[str
   """
   _check_draws(task, terms)
   asked = _drawn(task, terms)
-  head = HEADS.get(task.kind)
-  if head is not None and lm.model.config.head.labels == head:
+  head, by_embeddings = HEADS.get(task.kind), nearness.asker(task)
+  by_head = head is not None and lm.model.config.head.labels == head
+  if terms.shots and (by_head or by_embeddings):
+    raise JaxlmError(f'shots={terms.shots}: {"a label head answers" if by_head else "embeddings answer"} here, reading no '
+                     'examples before a question; leave it 0.')
+  if by_head:
     said = [Said(e.id, question_text(task, e) if task.kind != 'tag' else list(e.words), answer)
             for e, answer in zip(asked, _by_head(lm, task, asked, terms))]
-  elif (by_embeddings := nearness.asker(task)) is not None:
+  elif by_embeddings:
     answers = by_embeddings(lm, task, asked, terms.batch_size, terms.seed)
     said = [Said(e.id, e.input, answer[:10] if task.kind == 'retrieve' else answer) for e, answer in zip(asked, answers)]
     return _report(task, asked, answers, said, terms)

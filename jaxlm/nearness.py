@@ -13,7 +13,7 @@ Asker = Callable[[LM, Task, Sequence[Example], int, int], list[Any]]  # rows com
 def _unit(lm: LM, texts: Sequence[str], batch_size: int) -> np.ndarray:
   """Embeddings of length 1."""
   found = lm.embed([_clipped(lm, text) for text in texts], batch_size=batch_size)
-  return found / np.linalg.norm(found, axis=1, keepdims=True)
+  return found / np.maximum(np.linalg.norm(found, axis=1, keepdims=True), 1e-9)
 
 
 def _both(lm: LM, examples: Sequence[Example], batch_size: int) -> tuple[np.ndarray, np.ndarray]:

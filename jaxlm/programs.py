@@ -183,7 +183,7 @@ def outcome(main: Callable[[list[str]], None], argv: list[str]) -> int:
     print(f'preempted: {e}', file=sys.stderr)
     return PREEMPTED
   except KeyboardInterrupt:
-    print('failed: interrupted; the same command goes on from what was saved.', file=sys.stderr)
+    print('failed: interrupted; the same command goes on from what it has saved, if it saves anything.', file=sys.stderr)
     return FAILED
   except RunFailed as e:
     print(f'failed: {e}', file=sys.stderr)

@@ -66,6 +66,15 @@ def completed(values: dict[str, Any]) -> ConfigDict:
   return config_module.from_plain(values)
 
 
+def _found_again(config: ConfigDict, path: str) -> ConfigDict:
+  """The config; the runs it begins with, if told from a folder that is not the current one, are sought from those above it."""
+  for part, key in ((config.checkpoint, 'init_from'), (config.loss.teacher, 'path')):
+    told = part[key]
+    if told and not os.path.isabs(told) and not os.path.isdir(told):
+      part[key] = next((str(above / told) for above in pathlib.Path(path).parents if (above / told).is_dir()), told)
+  return config
+
+
 @contextlib.contextmanager
 def lock(workdir: str | os.PathLike) -> Iterator[None]:
   """Holds a run directory: one job each.
@@ -136,7 +145,7 @@ class RunDirectory:
       if self.record.get('format', FORMAT) != FORMAT:
         raise JaxlmError(f'{self.path} has format {self.record["format"]}, this version reads {FORMAT}; '
                          'use the jaxlm that made it.')
-      self.config = completed(self._read('config.json'))
+      self.config = _found_again(completed(self._read('config.json')), self.path)
     elif os.path.isdir(self._file('checkpoints')) and os.listdir(self._file('checkpoints')):
       raise JaxlmError(f'{self.path} has checkpoints but no config.json; put that back, or use another workdir.')
 

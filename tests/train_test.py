@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from jaxlm import checkpoint, rundir, sharding, state, train
+from jaxlm import config as configs
 from jaxlm.data.pipeline import documents_at
 from jaxlm import objectives
 from jaxlm.errors import JaxlmError, Preempted, RunFailed
@@ -331,3 +332,13 @@ def test_rules_that_cover_too_little_are_refused(tiny, tmp_path, changes, words)
     tiny.update_from_flattened_dict(changes)
   with pytest.raises(JaxlmError, match=words):
     train.run(mesh(tiny), f'{tmp_path}/run')
+
+
+def test_the_runs_that_a_run_began_with_are_found_from_another_folder(tmp_path):
+  (tmp_path / 'runs/base').mkdir(parents=True)
+  (tmp_path / 'runs/own').mkdir()
+  config = configs.default()
+  config.checkpoint.init_from, config.loss.teacher.path = 'runs/base', 'runs/gone'
+  (tmp_path / 'runs/own/config.json').write_text(configs.dumps(config))
+  found = rundir.RunDirectory(str(tmp_path / 'runs/own')).config
+  assert (found.checkpoint.init_from, found.loss.teacher.path) == (str(tmp_path / 'runs/base'), 'runs/gone')

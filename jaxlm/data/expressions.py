@@ -1,5 +1,6 @@
 """What a record gives to a template or an expression of jinja2; what it lacks is an error that names the record."""
 import functools
+import json
 import re
 from typing import Any, Callable
 
@@ -20,6 +21,8 @@ def _environment():
 
   found = ImmutableSandboxedEnvironment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True, finalize=there)
   found.filters['split'] = _split
+  # jinja2's own writes for HTML, and halves of characters beyond U+FFFF, which are no text in Python.
+  found.filters['tojson'] = functools.partial(json.dumps, ensure_ascii=False)
   return found
 
 

@@ -1,4 +1,5 @@
 """Records of tasks: objects of files, or made of the standard library, each with the id that finds it, by split."""
+import collections
 import csv
 import functools
 import hashlib
@@ -36,8 +37,11 @@ def _table(paths: str, split: str, delimiter: str) -> Iterator[tuple[str, Record
   del split
   for path in matching(paths, key='files of a task'):
     text = decoded(b''.join(line for line, _ in lines(path, 0)), path, 0).removeprefix('\ufeff')
+    csv.field_size_limit(2**31 - 1)  # what is read is whole documents; the module's own limit is 131,072 characters
     reader = csv.DictReader(io.StringIO(text), delimiter=delimiter, strict=True)
     try:
+      if twice := [name for name, count in collections.Counter(reader.fieldnames or ()).items() if count > 1]:
+        raise JaxlmError(f'{path}:1: column {twice[0]!r} stands there twice, so a record cannot have both; rename one.')
       for record in reader:
         if None in record or None in record.values():
           raise JaxlmError(f'{path}:{reader.line_num}: wanted {len(reader.fieldnames)} columns, as the first line has; '
@@ -55,7 +59,7 @@ def _conll(paths: str, split: str) -> Iterator[tuple[str, Record]]:
   for path in matching(paths, key='files of a task'):
     rows: list[list[str]] = []
     for number, (line, offset) in enumerate([*lines(path, 0), (b'', 0)], 1):
-      text = decoded(line, path, offset).strip()
+      text = decoded(line, path, offset).removeprefix('\ufeff').strip()
       row = text.split('\t') if '\t' in text else text.split()
       if row and row[0] != '-DOCSTART-' and (rows or not text.startswith('# ')):
         rows.append(row)

@@ -1,4 +1,5 @@
 """Tasks: what is read of records, and what is told of those that do not fit."""
+import ast
 import dataclasses
 import json
 
@@ -83,6 +84,8 @@ def test_a_program_is_a_template_that_sees_what_was_said(tmp_path):
               program='{{ text }}{{ said }}\nassert {{ name }}() == 1')
   example, = tasks.examples(task, 'train')
   assert tasks.program_of(task, example, '  return 2\n') == 'def f():\n  return 2\n\nassert f() == 1'
+  asked = Task('text', files={'train': path}, target='{{ answer }}', program='{{ [said, text] | tojson }}')
+  assert ast.literal_eval(tasks.program_of(asked, example, "'<é\U0001f600>'")) == ["'<é\U0001f600>'", 'def f():\n']
   named = Task('text', files={'train': path}, program=f'{__name__}:program')
   assert tasks.program_of(named, example, 'x') == 'f x'
   with pytest.raises(JaxlmError, match=":1: template '{{ other }}': 'other' is undefined"):
@@ -102,9 +105,21 @@ def test_columns_of_words_are_read_by_sentence(tmp_path):
   assert [(e.id[-9:], e.words, e.target) for e in tasks.examples(named, 'train')] == [
       ('x.conll:3', ('Ann', 'ran'), (1, 2)), ('x.conll:7', ('Paris',), (0,))]
   assert tasks.named_labels(dataclasses.replace(task, fields={'tags': '{{ columns[1] }}'})).labels == ('NNP', 'VBD')
+  (tmp_path / 'x.conll').write_text('\ufeffAnn NNP B-PER\n', encoding='utf-8')
+  assert next(tasks.examples(named, 'train')).words == ('Ann',)
   (tmp_path / 'x.conll').write_text('Ann NNP B-PER\nran VBD\n', encoding='utf-8')
   with pytest.raises(JaxlmError, match='x.conll:2: wanted 3 columns, as line 1 has, got 2'):
     list(tasks.examples(named, 'train'))
+
+
+def test_columns_under_a_header_may_be_long_and_have_names_of_their_own(tmp_path):
+  (tmp_path / 'x.csv').write_text('text,label\n' + 'a' * 200_000 + ',b\n')
+  task = Task('classify', 'csv', files={'train': str(tmp_path / 'x.csv')}, labels=('b',), held_out=0)
+  example, = tasks.examples(task, 'train')
+  assert len(example.input) == 200_000
+  (tmp_path / 'x.csv').write_text('text,label,text\na,b,c\n')
+  with pytest.raises(JaxlmError, match=r"x.csv:1: column 'text' stands there twice"):
+    list(tasks.examples(task, 'train'))
 
 
 def test_whole_numbers_are_names_before_they_are_numbers(tmp_path):
