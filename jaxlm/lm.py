@@ -298,7 +298,8 @@ class LM:
   def embed(self, texts: Any, batch_size: int = 32) -> np.ndarray:
     """float32 [number of texts, D]: the mean of the last hidden states over a text's tokens, its start among them.
 
-    Of a model that was trained to embed (objective contrast) what config.model.head.pool says, as it was trained.
+    Of a model that was trained to embed (objective contrast) what config.model.head.pool says, as it was trained; with
+    'splade' D is the vocabulary's size.
 
     Of an encoder-decoder, the encoder's. What encoders read ends as texts do in training, too.
 
@@ -313,14 +314,15 @@ class LM:
       if not found:
         raise JaxlmError(f'Text {row} is empty, and this model has no token that begins a text; leave it out.')
       reading.check_length(self.model, len(found), f'Text {row}', 'Cut it into pieces.')
-    means = np.zeros((len(texts), self.model.config.width), np.float32)
+    found: list[np.ndarray] = [np.zeros(0)] * len(texts)
     how = self.model.config.head.pool if self.config.objective.name == 'contrast' else 'mean'
     fronted = functools.partial(wording.fronted, self.front, self._encodes)
     prompts = [fronted(lambda found: Prompt([0], found), found) if self._encodes else fronted(Prompt, found)
                for found in ids]
     for rows, inputs in self._batches(prompts, batch_size):
-      means[rows] = np.asarray(passes.means(self.model, self.params, inputs, how))[:len(rows)]
-    return means[0] if single else means
+      for row, means in zip(rows, np.asarray(passes.means(self.model, self.params, inputs, how))):
+        found[row] = means
+    return found[0] if single else np.stack(found)
 
   def merged(self) -> 'LM':
     """The same model with its delta in its weights, as fast as the base and exported like one; this one stays as it is.

@@ -12,7 +12,7 @@ import optax
 from jaxlm.models.layers import example_keys, softcap
 from jaxlm.models.transformer import Transformer
 from jaxlm.sharding import Layout
-from jaxlm.sums import over_lead
+from jaxlm.sums import by_pieces, over_lead
 from jaxlm.types import Array, Tree
 
 Sums = dict[str, tuple[Array, Array]]  # name: (sum, count)
@@ -118,27 +118,6 @@ def _logit_gradient(vocabulary: Vocabulary, logits_BTV: Array, likely: _Likeliho
   return grad_BTV * weights_BT[..., None]
 
 
-def _by_chunk(vocabulary: Vocabulary, fn, carry: Tree, *arrays: Array):
-  """Scans `fn(carry, arrays) -> carry, outputs` over pieces of the length; arrays and outputs are [B, T, …].
-
-  Inside `fn`, T is the length of a piece. A piece has columns from everywhere: where the length is split over devices,
-  each has its share of every piece.
-  """
-  length = arrays[0].shape[1]
-  pieces = -(-length // vocabulary.chunk)
-  size = -(-length // pieces)
-
-  def cut(x):
-    x = jnp.pad(x, ((0, 0), (0, pieces * size - length)) + ((0, 0),) * (x.ndim - 2))
-    return jnp.moveaxis(x.reshape(x.shape[0], size, pieces, *x.shape[2:]), 2, 0)
-
-  if pieces == 1:
-    return fn(carry, arrays)
-  carry, outputs = jax.lax.scan(fn, carry, tuple(map(cut, arrays)))
-  join = lambda y: jnp.moveaxis(y, 0, 2).reshape(y.shape[1], pieces * size, *y.shape[3:])[:, :length]
-  return carry, jax.tree.map(join, outputs)
-
-
 def token_losses(vocabulary: Vocabulary, hidden_BTD: Array, w_VD: Array, b_V: Array | None,
                  targets_BT: Array) -> tuple[Array, Array]:
   """(nll in nats, 1 where the target is the likeliest token), float32 [B, T] each; for measuring, not training."""
@@ -147,7 +126,7 @@ def token_losses(vocabulary: Vocabulary, hidden_BTD: Array, w_VD: Array, b_V: Ar
     hidden_BTD, targets_BT = inputs
     logits_BTV = _logits(vocabulary, hidden_BTD, w_VD, b_V)
     return carry, _token_losses(vocabulary, logits_BTV, _likelihoods(logits_BTV), targets_BT)[1:]
-  return _by_chunk(vocabulary, piece, (), hidden_BTD, targets_BT)[1]
+  return by_pieces(vocabulary.chunk, piece, (), hidden_BTD, targets_BT)[1]
 
 
 def token_nll(vocabulary: Vocabulary, hidden_BTD: Array, w_VD: Array, b_V: Array | None, targets_BT: Array) -> Array:
@@ -163,7 +142,7 @@ def token_nll(vocabulary: Vocabulary, hidden_BTD: Array, w_VD: Array, b_V: Array
     logits_BTV = _logits(vocabulary, hidden_BTD, w_VD, b_V)
     target_BT = jnp.take_along_axis(logits_BTV, targets_BT[..., None], axis=-1)[..., 0]
     return carry, jax.nn.logsumexp(logits_BTV, axis=-1) - target_BT
-  return _by_chunk(vocabulary, piece, (), hidden_BTD, targets_BT)[1]
+  return by_pieces(vocabulary.chunk, piece, (), hidden_BTD, targets_BT)[1]
 
 
 # ---- a teacher ---------------------------------------------------------------------------------------------------
@@ -183,7 +162,7 @@ def opinion(vocabulary: Vocabulary, hidden_BTD: Array, w_VD: Array, b_V: Array |
       return carry, dict(teacher_log_probs=log_probs_BTV)
     ids_BTK = jax.lax.top_k(log_probs_BTV, top_k)[1]
     return carry, dict(teacher_log_probs=_with_rest(log_probs_BTV, ids_BTK), teacher_ids=ids_BTK)
-  return _by_chunk(vocabulary, piece, (), hidden_BTD)[1]
+  return by_pieces(vocabulary.chunk, piece, (), hidden_BTD)[1]
 
 
 def _with_rest(log_probs_BTV: Array, ids_BTK: Array) -> Array:
@@ -216,7 +195,7 @@ def divergence(vocabulary: Vocabulary, hidden_BTD: Array, w_VD: Array, b_V: Arra
       ours_BTK = _with_rest(ours_BTK, ids[0])
     return carry, _divergence(theirs_BTK, ours_BTK)
   ids = () if ids_BTK is None else (ids_BTK,)
-  return _by_chunk(vocabulary, piece, (), hidden_BTD, log_probs_BTK, *ids)[1]
+  return by_pieces(vocabulary.chunk, piece, (), hidden_BTD, log_probs_BTK, *ids)[1]
 
 
 def _divergence(theirs: Array, ours: Array) -> Array:
@@ -263,7 +242,7 @@ def _forward(vocabulary, hidden_BTD, w_VD, b_V, targets_BT, weights_BT):
     logits_BTV = _logits(vocabulary, hidden_BTD, w_VD, b_V)
     loss_BT, nll_BT, correct_BT = _token_losses(vocabulary, logits_BTV, _likelihoods(logits_BTV), targets_BT)
     return carry, (nll_BT, correct_BT, loss_BT)
-  return _by_chunk(vocabulary, piece, (), hidden_BTD, targets_BT, weights_BT)
+  return by_pieces(vocabulary.chunk, piece, (), hidden_BTD, targets_BT, weights_BT)
 
 
 def _summed(loss_BT, nll_BT, correct_BT, weights_BT):
@@ -298,7 +277,7 @@ def _cross_entropy_forward(vocabulary, hidden_BTD, w_VD, b_V, targets_BT, weight
     return (layout.constrain(dw_PVD, 'act_batch', 'act_vocab', None), db_PV), (nll_BT, correct_BT, loss_BT, dh_BTD)
 
   zeros = jax.tree.map(lambda x: jnp.zeros((parts, *x.shape), jnp.float32), (w_VD, b_V))
-  sums, (nll_BT, correct_BT, loss_BT, dh_BTD) = _by_chunk(vocabulary, piece, zeros, hidden_BTD, targets_BT, weights_BT)
+  sums, (nll_BT, correct_BT, loss_BT, dh_BTD) = by_pieces(vocabulary.chunk, piece, zeros, hidden_BTD, targets_BT, weights_BT)
   dw_PVD, db_PV = sums
   grads = (layout.summed(dw_PVD, 'vocab', 'embed').astype(w_VD.dtype),
            None if b_V is None else db_PV.sum(0).astype(b_V.dtype))

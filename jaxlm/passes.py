@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from jaxlm import losses, reading
 from jaxlm.models import virtual
-from jaxlm.models.transformer import Transformer, pool
+from jaxlm.models.transformer import Transformer
 from jaxlm.types import Array, Tree
 
 SCORED = 2048  # positions whose logits exist at once while scoring: 0.4 GB at 50,000 pieces
@@ -50,12 +50,14 @@ def scores(model: Transformer, params: Tree, inputs: reading.Inputs, targets_BT:
 
 @functools.partial(jax.jit, static_argnames=('model', 'how'))
 def means(model: Transformer, params: Tree, inputs: reading.Inputs, how: str = 'mean') -> Array:
-  """float32 [B, D], the hidden states of each row's own tokens, pooled; of an encoder-decoder, the encoder's."""
+  """float32 [B, D or V], the hidden states of each row's own tokens, as `Transformer.pooled` says; of an encoder-decoder,
+  the encoder's."""
   if inputs.source_BS is not None:
-    hidden_BSD, tokens, _ = model.apply({'params': params}, reading.sources(inputs), method='encode')
-    mean_BD = pool(hidden_BSD, virtual.real(model.config, inputs.source_BS, tokens.segments), how)
+    hidden_BTD, tokens, _ = model.apply({'params': params}, reading.sources(inputs), method='encode')
+    segments_BT = virtual.real(model.config, inputs.source_BS, tokens.segments)
   else:
     real_BT = _real(inputs.tokens_BT, inputs.lengths_B)
-    mean_BD = pool(outputs(model, params, (inputs.tokens_BT, real_BT), what='hidden'),
-                   virtual.real(model.config, inputs.tokens_BT, real_BT), how)
-  return jax.lax.with_sharding_constraint(mean_BD.astype(jnp.float32), model.layout.replicated)
+    hidden_BTD = outputs(model, params, (inputs.tokens_BT, real_BT), what='hidden')
+    segments_BT = virtual.real(model.config, inputs.tokens_BT, real_BT)
+  pooled_BKD = model.apply({'params': params}, hidden_BTD, jnp.where(segments_BT > 0, 1, 0), how=how, method='pooled')
+  return jax.lax.with_sharding_constraint(pooled_BKD[:, 0], model.layout.replicated)

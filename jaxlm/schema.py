@@ -92,7 +92,8 @@ SCHEMA: dict[str, Any] = dict(
             # each token, start and end, whether a token was replaced (ELECTRA)
             num_labels=Key(2, at_least(1)),          # classes; 1 with "sequence": regression
             label_bias=Key(True, flag()),
-            pool=Key('first', choice('first', 'mean', 'last')),  # what stands for a row
+            pool=Key('first', choice('first', 'mean', 'last', 'splade')),  # what stands for a row: a token's or
+            # all tokens' states; with objective contrast also a weight for each entry of the vocabulary (splade)
             pooler=Key('none', choice('none', 'tanh', 'activation', 'full')),  # what it passes before labels: nothing;
             # dense and tanh (BERT); dense and the MLP's activation; dense, activation, norm (ModernBERT)
             pooler_bias=Key(True, flag()),
@@ -285,8 +286,9 @@ SCHEMA: dict[str, Any] = dict(
         contrast=dict(                               # embeddings of queries and documents (Karpukhin et al. 2020)
             temperature=Key(0.05, above(0.0)),       # cosines are divided by it
             negatives=Key(0, at_least(0)),           # documents of each query that are not its own, beside those of others
-            dims=Key((), integers(1)),               # also of so many first
-            # dims alone (Kusupati et al. 2022, Matryoshka)
+            dims=Key((), integers(1)),               # also of so many first dims alone (Kusupati et al. 2022, Matryoshka)
+            flops=Key(0.0, at_least(0.0)),           # with head.pool splade: times what keeps weights few (Paria et al.
+            # 2020, arXiv:2004.05665)
         ),
         prefer=dict(                                 # the better of two answers
             loss=Key('dpo', choice('dpo', 'ipo', 'orpo', 'simpo')),

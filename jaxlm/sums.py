@@ -1,8 +1,10 @@
-"""Sums over rows, as products of matrices."""
+"""Sums over rows, as products of matrices; and what passes over rows piece by piece."""
+from typing import Callable
+
 import jax
 import jax.numpy as jnp
 
-from jaxlm.types import Array
+from jaxlm.types import Array, Tree
 
 
 def over_lead(x: Array, y: Array, num_lead: int | None = None) -> Array:
@@ -12,3 +14,24 @@ def over_lead(x: Array, y: Array, num_lead: int | None = None) -> Array:
   """
   lead = tuple(range(x.ndim if num_lead is None else num_lead))
   return jax.lax.dot_general(x, y, ((lead, lead), ((), ())), preferred_element_type=jnp.float32)
+
+
+def by_pieces(columns: int, fn: Callable, carry: Tree, *arrays: Array) -> tuple[Tree, Tree]:
+  """Scans `fn(carry, arrays) -> carry, outputs` over pieces of the length, each of at most so many columns.
+
+  Arrays and outputs are [B, T, …]; inside `fn`, T is the length of a piece. A piece has columns from everywhere: where
+  the length is split over devices, each has its share of every piece.
+  """
+  length = arrays[0].shape[1]
+  pieces = -(-length // columns)
+  size = -(-length // pieces)
+
+  def cut(x):
+    x = jnp.pad(x, ((0, 0), (0, pieces * size - length)) + ((0, 0),) * (x.ndim - 2))
+    return jnp.moveaxis(x.reshape(x.shape[0], size, pieces, *x.shape[2:]), 2, 0)
+
+  if pieces == 1:
+    return fn(carry, arrays)
+  carry, outputs = jax.lax.scan(fn, carry, tuple(map(cut, arrays)))
+  join = lambda y: jnp.moveaxis(y, 0, 2).reshape(y.shape[1], pieces * size, *y.shape[3:])[:, :length]
+  return carry, jax.tree.map(join, outputs)

@@ -10,7 +10,7 @@ import optax
 from jaxlm import losses, trees
 from jaxlm.losses import Sums, Vocabulary
 from jaxlm.models import peft, virtual
-from jaxlm.models.transformer import Transformer, pool
+from jaxlm.models.transformer import Transformer
 from jaxlm.policies import gae, grpo, penalised_rewards, ppo
 from jaxlm.preferences import PREFERENCES, Pairs, bradley_terry, kto, reference_point, sequence_log_probs
 from jaxlm.types import Array, Output, Tree
@@ -73,11 +73,10 @@ def _of_classes(scores: Array, labels: Array, weights: Array, settings: Any) -> 
 # ---- embeddings --------------------------------------------------------------------------------------------------
 
 
-def embeddings(model: Transformer, hidden_BTD: Array, batch: dict[str, Array], texts: int) -> Array:
+def embeddings(model: Transformer, params: Tree, hidden_BTD: Array, batch: dict[str, Array], texts: int) -> Array:
   """float32 [B, K, D]: each text of a row by itself, pooled as config.model.head.pool says."""
   segments_BT = virtual.real(model.config, batch['tokens'], batch['segment_ids'])
-  of_text = lambda k: pool(hidden_BTD, jnp.where(segments_BT == k + 1, 1, 0), model.config.head.pool)
-  return jnp.stack([of_text(k) for k in range(texts)], axis=1).astype(jnp.float32)
+  return model.apply({'params': params}, hidden_BTD, segments_BT, texts, method='pooled')
 
 
 def contrast_loss(model: Transformer, config: Any, params: Tree, batch: dict[str, Array],
@@ -85,14 +84,15 @@ def contrast_loss(model: Transformer, config: Any, params: Tree, batch: dict[str
   """Which document belongs to a query, among those of all queries of the batch, on whatever device they lie.
 
   Texts of the whole batch meet, so a batch is not cut (accumulation 1). A document that is the query's own once more, in
-  another row, is not taken for a wrong one. With `dims` also for the first dims alone.
+  another row, is not taken for a wrong one. With `dims` also for the first dims alone; with `flops` also as many
+  products as an inverted index would form for a query, by the weights' means.
 
   Source: van den Oord et al. 2018, arXiv:1807.03748, eq. 4; Kusupati et al. 2022, Matryoshka representation learning,
   arXiv:2205.13147.
   """
   settings = config.objective.contrast
   output = model.apply({'params': params}, batch, rng=rng, with_logits=False)
-  texts_BKD = embeddings(model, output.hidden, batch, 2 + settings.negatives)
+  texts_BKD = embeddings(model, params, output.hidden, batch, 2 + settings.negatives)
   B, K, D = texts_BKD.shape
   there_BK = (batch['segment_ids'][:, None] == jnp.arange(1, K + 1)[:, None]).any(-1)
   weights_B, own_B = batch['label_weights'], jnp.arange(B) * (K - 1)
@@ -110,6 +110,10 @@ def contrast_loss(model: Transformer, config: Any, params: Tree, batch: dict[str
     correct_B = (score_BX.argmax(-1) == own_B).astype(jnp.float32)
   count = weights_B.sum()
   told = {'loss': (total, count), 'accuracy': ((correct_B * weights_B).sum(), count)}
+  if settings.flops:
+    mean_KD = jnp.einsum('BKD,BK->KD', texts_BKD, there_BK * weights_B[:, None]) / count
+    told['flops'] = jnp.square(mean_KD).sum() * count, count
+    total += settings.flops * told['flops'][0]
   total += losses.extra(model, output.aux, weights_B, told)
   return total, {'objective': (total, count)} | told
 

@@ -247,6 +247,17 @@ def test_what_else_the_model_needs_is_named(name, path, told):
   assert told in fits.mismatch(config_of(name, next(iter(fits.FITS[name]))))
 
 
+@pytest.mark.parametrize('name, pool, own, told', [
+    ('masked', 'splade', {}, "head.pool='splade' weighs entries of the vocabulary, for objective contrast"),
+    ('contrast', 'splade', dict(dims=(8,)), "dims=(8,): the first of config.model.head.pool='splade' mean no more"),
+    ('contrast', 'mean', dict(flops=0.1), "flops=0.1 keeps weights of config.model.head.pool='splade' few"),
+    ('contrast', 'splade', dict(flops=0.1), None)])
+def test_weights_of_the_vocabulary_are_what_contrast_alone_learns(name, pool, own, told):
+  config = config_of(name, 'encoder', **own)
+  config.model.head.pool = pool
+  assert fits.mismatch(config) is None if told is None else told in fits.mismatch(config)
+
+
 def test_too_few_sentinels_are_refused_with_the_number_needed():
   config = config_of('span', 'encoder_decoder', 4096)
   assert "cuts 227 spans out of a row of 4096; set config.objective.span.num_sentinels" in fits.mismatch(config)

@@ -188,6 +188,8 @@ def _names_of_labels_are_the_run_s_own(config, run, task):
   other = dataclasses.replace(task, labels=tuple(f'x{i}' for i in range(8)))
   with pytest.raises(JaxlmError, match=f'The label head of this model tells apart {told}'):
     exam.hold(lm, dataclasses.replace(other, target='x0'), exam.Terms())
+  with pytest.raises(JaxlmError, match='shots=2: a label head answers here'):
+    exam.hold(lm, task, exam.Terms(shots=2))
   lm.config = lm.config.copy_and_resolve_references()
   lm.config.data.task = 'gone.json'
   assert [*heads.classify(lm, ['aa'])[0]] == list(task.labels)
@@ -232,18 +234,23 @@ def test_an_encoder_with_a_new_head_learns_each_kind_of_label(objective, world, 
   assert result['metrics'][TOLD[objective]] == pytest.approx(last[f'eval/validation/{TOLD[objective]}'], abs=1e-6)
 
 
-@pytest.mark.parametrize('structure', ['encoder', 'decoder'])
-def test_embeddings_of_a_batch_meet_whatever_the_devices(structure, world, tmp_path):
+@pytest.mark.parametrize('structure, settings', [
+    ('encoder', {'model.head.pool': 'splade', 'objective.contrast.flops': 0.01}),
+    ('decoder', {'model.head.pool': 'mean', 'objective.contrast.dims': (8, 16)})])
+def test_embeddings_of_a_batch_meet_whatever_the_devices(structure, settings, world, tmp_path):
   tasks, _ = world
   found = []
   for name, sizes in (('one', {}), ('eight', dict(data=4, tensor=2))):
-    config = tuned(tasks, 'contrast', 'retrieve', structure, steps=5, **{'model.head.pool': 'mean',
-                                                                       'objective.contrast.dims': (8, 16)})
+    config = tuned(tasks, 'contrast', 'retrieve', structure, steps=5, **settings)
     config.mesh.update(sizes)
     train.run(config, f'{tmp_path}/{name}')
     found.append(losses(f'{tmp_path}/{name}'))
   np.testing.assert_allclose(*found, rtol=1e-5, atol=1e-6)  # a loss near 0 is a difference of larger numbers
   assert found[0][-1] < found[0][0]
+  if structure == 'encoder':
+    lm, ids = jaxlm.load(f'{tmp_path}/one'), [97, 98, 99]
+    best = np.asarray(lm.logits(np.array([ids])))[0].max(0)
+    np.testing.assert_allclose(lm.embed([ids])[0], np.log1p(np.maximum(best, 0)), atol=1e-5)
 
 
 def test_the_same_document_of_another_row_is_not_a_wrong_one():
@@ -269,11 +276,40 @@ def test_the_same_document_of_another_row_is_not_a_wrong_one():
   import flax.linen as nn
   total, params, batch = loss([0, 1, 0])  # the first and the last query have one document
   hidden = model.apply({'params': params}, batch, with_logits=False).hidden
-  unit = np.asarray(task_losses.embeddings(model, hidden, batch, 2), float)
+  unit = np.asarray(task_losses.embeddings(model, params, hidden, batch, 2), float)
   unit /= np.linalg.norm(unit, axis=-1, keepdims=True)
   scores = unit[:, 0] @ unit[:, 1].T / config.objective.contrast.temperature
   nll = lambda row, own, others: np.log(np.exp(scores[row, [own, *others]]).sum()) - scores[row, own]
   assert float(total) == pytest.approx(nll(0, 0, [1]) + nll(1, 1, [0, 2]) + nll(2, 2, [1]), rel=1e-4)
+
+
+def test_a_text_weighs_the_vocabulary_by_the_best_score_that_its_tokens_give(monkeypatch):
+  import flax.linen as nn
+  import jax
+  from jaxlm import sharding, task_losses
+  from jaxlm.models import transformer
+  from jaxlm.state import build_model
+  monkeypatch.setattr(transformer, 'PIECE', 6)  # 2 of 10 columns at once
+  config = base.smoke(base.default())
+  config.model.update(structure='encoder', num_layers=1, width=32)
+  config.model.head.update(pool='splade', bias=True, transform='full')
+  config.objective.name, config.objective.contrast.flops = 'contrast', 0.5
+  model = build_model(config, 120, 'full', sharding.single(config.sharding.rules))
+  segments = np.repeat([[1, 2], [1, 2], [2, 0]], 5, axis=1)  # the last has no query
+  batch = dict(tokens=np.random.default_rng(0).integers(1, 100, (3, 10)).astype(np.int32),
+               segment_ids=segments.astype(np.int32), positions=np.tile(np.arange(5, dtype=np.int32), (3, 2)),
+               label_weights=np.array([1, 1, 0], np.float32))
+  params = nn.meta.unbox(model.init(jax.random.key(0), batch)['params'])
+  params['head_bias'] = params['head_bias'].at[:60].set(-9)  # which no score reaches
+  output = model.apply({'params': params}, batch)
+  found = np.asarray(task_losses.embeddings(model, params, output.hidden, batch, 2))
+  best = np.array([[np.where(segments[b] == k, output.logits[b, :, :120].T, 0).max(1) for k in (1, 2)] for b in range(3)])
+  np.testing.assert_allclose(found, np.log1p(np.maximum(best, 0)), atol=1e-6)
+  assert not found[:, :, :60].any() and not found[2, 0].any() and found[0].any()
+  told = task_losses.contrast_loss(model, config, params, batch, None)[1]
+  products = (found[:2].mean(0) ** 2).sum()
+  assert float(told['flops'][0] / told['flops'][1]) == pytest.approx(products, rel=1e-5)
+  assert float(told['objective'][0]) == pytest.approx(float(told['loss'][0]) + 0.5 * 2 * products, rel=1e-5)
 
 
 @pytest.mark.parametrize('loss, method', [('dpo', 'none'), ('ipo', 'none'), ('orpo', 'none'), ('simpo', 'none'),

@@ -9,11 +9,12 @@ import doctest
 import functools
 import inspect
 import io
+import itertools
 import re
 import textwrap
 import warnings
 from pathlib import Path
-from typing import Iterator, NamedTuple
+from typing import Iterable, Iterator, NamedTuple
 
 from jaxlm.data import lisp, sources, wordkinds
 from jaxlm.lookup import lookup
@@ -27,6 +28,7 @@ TABLES = {'encodings', 'pydoc_data'}     # modules that are large for their tabl
 STATEMENT = range(24, 73)                # characters of a statement that is translated
 LINE = range(8, 73)                      # of a line that is a function's body
 FORMS = 3                                # in its translation, at least
+COMMENT = re.compile(r'\s*#+(.*)\n')  # a line that is one
 MIN_SPAN_WORDS, MAX_SPAN_WORDS, MAX_WORD = 16, 64, 40
 
 
@@ -404,7 +406,7 @@ def _runs(module: Module) -> Iterator[tuple[str, tuple[str, ...]]]:
     yield f'{module.path}:{numbers[i]}', tuple(module.lines[n - 1] for n in numbers[i:i + CHUNK_LINES])
 
 
-def _text(lines: tuple[str, ...]) -> str:
+def _text(lines: Iterable[str]) -> str:
   return textwrap.dedent(''.join(lines))
 
 
@@ -440,7 +442,26 @@ def neighbours() -> Iterator[dict]:
         yield dict(id=place, query=_text(lines[:half]), positive=_text(lines[half:]))
 
 
+def _commented(file: Module) -> Iterator[dict]:
+  """Comments on lines of their own, each with the lines under it, two at least, to an empty one or another comment."""
+  parts = [(is_comment, [*part]) for is_comment, part in itertools.groupby(
+      enumerate(file.lines, 1), lambda numbered: COMMENT.fullmatch(numbered[1]) is not None)]
+  for (is_comment, above), (_, below) in itertools.pairwise(parts):
+    under = [line for _, line in itertools.takewhile(lambda numbered: numbered[1].strip(), below[:CHUNK_LINES])]
+    if is_comment and len(under) >= 2:
+      said = [word for _, line in above for word in COMMENT.fullmatch(line)[1].split() if re.search(r'\w', word)]
+      yield dict(id=f'{file.path}:{above[0][0]}', query=' '.join(said), positive=_text(under))
+
+
+def comments() -> Iterator[dict]:
+  """A comment -> the lines that it stands over: id, query, positive. None that is short or said twice. Nobody labelled
+  these either, and they are more like questions than `neighbours` are."""
+  pairs = [pair for file in library() for pair in _commented(file)]
+  count = collections.Counter(pair['query'] for pair in pairs)
+  yield from (pair for pair in pairs if count[pair['query']] == 1 and len(pair['query'].split()) >= MIN_WORDS)
+
+
 WITHIN_FILES = {'module'}  # tasks whose splits divide files
 RECORDS = {'summary': summary, 'body': body, 'retrieve': retrieve, 'token_kinds': token_kinds, 'module': module,
-           'default': default, 'translation': translation, 'neighbours': neighbours,
+           'default': default, 'translation': translation, 'neighbours': neighbours, 'comments': comments,
            'line': line}

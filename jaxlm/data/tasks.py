@@ -429,6 +429,7 @@ TASKS = {
     'lisp': Task('text', 'stdlib_translation', input='{{ python }}\n', target='{{ lisp }}', metric='bleu',
                  stop=('\n',), max_new_tokens=128),
     'find': Task('retrieve', 'stdlib_retrieve', input='{{ query }}', second='{{ positive }}'),
+    'comments': Task('retrieve', 'stdlib_comments', input='{{ query }}', second='{{ positive }}'),
     'neighbours': Task('retrieve', 'stdlib_neighbours', input='{{ query }}', second='{{ positive }}'),
     'kinds': Task('tag', 'stdlib_token_kinds', labels=wordkinds.TAGS),
     'module': Task('classify', 'stdlib_module'),

@@ -18,11 +18,13 @@ from jaxlm.models.positions import (POSITIONS, BucketBias, alibi_bias, alibi_slo
                                     sinusoidal)
 from jaxlm.models.stack import Aux, Block, BlockCache, Stack, add, init_cache
 from jaxlm.sharding import Layout
+from jaxlm.sums import by_pieces
 from jaxlm.types import Array, Output
 
 # Up to so many rows the output matrix, which is large, comes first in a product: on a CPU 2.4 times as fast at 8 rows
 # of 50,304 logits. The barrier keeps XLA from turning it back.
 FEW = 256
+PIECE = 2048  # positions whose logits exist at once where a text's best ones are looked for
 
 # Numbers that no layer has, folded into dropout keys: of embeddings, and of another tower.
 EMBEDDING_LAYER, TOWER = NO_WINDOW, NO_WINDOW + 1
@@ -348,6 +350,31 @@ class Transformer(Tower):
     x = pool(hidden_BTD, segments_BT, head.pool) if head.labels in ('none', 'sequence') else hidden_BTD
     x = self.pooler(x) if head.pooler != 'none' else x
     return x if head.labels == 'none' else self.labels(x).astype(jnp.float32)
+
+  def pooled(self, hidden_BTD: Array, segments_BT: Array, texts: int = 1, how: str | None = None) -> Array:
+    """float32 [B, K, D or V]: each text of a row by itself, as `how` says; text k is segment k + 1.
+
+    Args:
+      how: as config.head.pool, which it is by default. With 'splade' the V entries of the vocabulary: log(1 + x) of the
+        best score x that any of the text's tokens gives an entry, where that is above 0 (Formal et al. 2021, SPLADE v2,
+        arXiv:2109.10086).
+    """
+    how = how or self.config.head.pool
+    if how != 'splade':
+      of_text = lambda k: pool(hidden_BTD, jnp.where(segments_BT == k + 1, 1, 0), how)
+      return jnp.stack([of_text(k) for k in range(texts)], axis=1).astype(jnp.float32)
+    B, V = hidden_BTD.shape[0], self.config.padded_vocab
+
+    @jax.checkpoint
+    def better(best_BKV, columns):
+      features_BTE, segments_BT = columns
+      logits_BTV = self.logits(features_BTE)
+      of_text = lambda k: jnp.where((segments_BT == k + 1)[..., None], logits_BTV, 0).max(1)
+      best_BKV = jnp.maximum(best_BKV, jnp.stack([of_text(k) for k in range(texts)], axis=1))
+      return self.layout.constrain(best_BKV, 'act_batch', None, 'act_vocab'), ()
+    none_BKV = self.layout.constrain(jnp.zeros((B, texts, V), jnp.float32), 'act_batch', None, 'act_vocab')
+    best_BKV, _ = by_pieces(max(1, PIECE // B), better, none_BKV, self.features(hidden_BTD), segments_BT)
+    return jnp.log1p(best_BKV[..., :self.config.vocab_size])
 
   def replacements(self, batch: dict[str, Array], rng: Array | None = None) -> Array:
     """[B, M, E]: features of ELECTRA's generator at `target_index`, of rows whose tokens there are hidden."""

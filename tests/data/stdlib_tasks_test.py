@@ -2,6 +2,7 @@
 import ast
 import collections
 import hashlib
+import itertools
 import json
 import re
 import subprocess
@@ -167,6 +168,17 @@ def test_neighbours_stand_one_after_the_other(tasks, lines):
     assert len(said) == stdlib_tasks.CHUNK_LINES and all(line in left for line in said)  # in their order
 
 
+def test_a_comment_stands_over_its_lines(tasks, lines):
+  for record in tasks['comments'][::50]:
+    path, _, number = record['id'].partition(':')
+    said, code = record['query'].split(), record['positive'].splitlines()
+    text = lines[path][int(number) - 1:]
+    above = [*itertools.takewhile(lambda line: line.lstrip().startswith('#'), text)]
+    assert [word for line in above for word in re.sub(r'^ *#+', '', line).split() if re.search(r'\w', word)] == said
+    assert [line.strip() for line in text[len(above):len(above) + len(code)]] == [line.strip() for line in code]
+    assert 2 <= len(code) <= stdlib_tasks.CHUNK_LINES and all(code) and len(said) >= stdlib_tasks.MIN_WORDS
+
+
 def test_a_line_is_all_that_its_function_does(tasks, lines):
   for record in tasks['line']:
     path, number = record['id'].rsplit(':', 1)
@@ -179,7 +191,7 @@ def test_a_line_is_all_that_its_function_does(tasks, lines):
     assert [ast.unparse(s) for s in statements] == [ast.unparse(ast.parse(record['line'].strip()))], record['id']
 
 
-@pytest.mark.parametrize('task', ['summary', 'body', 'retrieve', 'default', 'module', 'neighbours', 'line'])
+@pytest.mark.parametrize('task', ['summary', 'body', 'retrieve', 'default', 'module', 'neighbours', 'comments', 'line'])
 def test_splits_are_disjoint_and_hold_out_whole_files_or_chunks(tasks, task):
   split = {name: [*stdlib_tasks.records(task, name)] for name in ('train', 'validation', 'test')}
   found, every = sorted(r['id'] for part in split.values() for r in part), tasks[task]
