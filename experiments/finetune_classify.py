@@ -4,7 +4,7 @@ that had first learned `neighbours`, 16 minutes beside other work. From the enco
 to 0.894) after 300 steps without dropout. The rated sentences of BUILD_NOTES, from MiniLM, are where it is ahead.
 
   python -m jaxlm.main --config=experiments/finetune_classify.py:start=runs/encoder
-  python -m jaxlm.main --config=experiments/embed.py:start=runs/encoder,task=neighbours --config.steps=300 --workdir=runs/neighbours
+  python -m jaxlm.main --config=experiments/embed.py:start=runs/encoder,task=neighbours --config.steps=300 --config.model.head.pool=mean --workdir=runs/neighbours
   python -m jaxlm.main --config=experiments/finetune_classify.py:start=runs/neighbours --config.steps=800 --config.model.dropout=0.1
   python -m jaxlm.main --config=experiments/finetune_classify.py:start=runs/encoder,task=mine.json,labels=3
   python -m jaxlm.main --config=experiments/finetune_classify.py:start=runs/encoder,task=mine.json,kind=regress,labels=1

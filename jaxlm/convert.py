@@ -115,7 +115,9 @@ def run_to_hf(source: Path, run: forms.Source, folder: Path) -> str:
   half = step == 0 and 'float16' in (run.said.get('dtype'), run.said.get('torch_dtype'))  # a run keeps that as float32
   dtype = _DTYPE.value or ('float16' if half else run.config.precision.params)
   forms.save_folder(folder, run, run.config, run.model, params, dtype, _SHARD_BYTES.value)
-  return f'step {step} as a {run.model.config.family} folder, {forms.told(params, dtype)}'
+  pool = run.config.model.head.pool if run.config.objective.name == 'contrast' else 'mean'
+  lost = '' if pool == 'mean' else f'; read again it embeds by the mean of states, for it cannot say {pool!r}'
+  return f'step {step} as a {run.model.config.family} folder, {forms.told(params, dtype)}{lost}'
 
 
 def hf_to_hf(source: Path, folder: Path) -> str:

@@ -143,6 +143,9 @@ def main(argv: list[str]) -> None:
   model = None if _BASELINE.value else loading.load(_MODEL.value, dtype=_DTYPE.value)
   terms = exam.Terms(_SPLIT.value, _SHOTS.value, _SEED.value, _LIMIT.value, _NORM.value, _BATCH_SIZE.value,
                      _SAMPLES.value, _TEMPERATURE.value)
+  if terms.shots and asked and not (model and any(exam.reads_shots(model, task) for task in asked.values())):
+    raise JaxlmError(f'--shots={terms.shots}: of {", ".join(asked)} none is asked by a prompt of {_MODEL.value or "a baseline"}, '
+                     'before which examples could stand; leave it 0.')
   kept = f'{_OUTPUT.value}.said' if _OUTPUT.value else ''
   results: dict[str, Any] = {}
   for name, task in asked.items():

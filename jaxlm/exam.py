@@ -279,21 +279,31 @@ def hold(lm: LM, task: Task, terms: Terms = Terms(), kept: str = '') -> dict[str
   """
   _check_draws(task, terms)
   asked = _drawn(task, terms)
-  head, by_embeddings = HEADS.get(task.kind), nearness.asker(task)
-  by_head = head is not None and lm.model.config.head.labels == head
-  if terms.shots and (by_head or by_embeddings):
-    raise JaxlmError(f'shots={terms.shots}: {"a label head answers" if by_head else "embeddings answer"} here, reading no '
-                     'examples before a question; leave it 0.')
-  if by_head:
+  if not reads_shots(lm, task):
+    terms = dataclasses.replace(terms, shots=0)  # and so it is told
+  if _has_head(lm, task):
     said = [Said(e.id, question_text(task, e) if task.kind != 'tag' else list(e.words), answer)
             for e, answer in zip(asked, _by_head(lm, task, asked, terms))]
-  elif by_embeddings:
+  elif (by_embeddings := nearness.asker(task)) is not None:
     answers = by_embeddings(lm, task, asked, terms.batch_size, terms.seed)
     said = [Said(e.id, e.input, answer[:10] if task.kind == 'retrieve' else answer) for e, answer in zip(asked, answers)]
     return _report(task, asked, answers, said, terms)
   else:
     said = _asked(lm, task, asked, terms, kept)
   return _report(task, asked, [one.answer for one in said], said, terms)
+
+
+def _has_head(lm: LM, task: Task) -> bool:
+  """Whether a label head of the model answers."""
+  head = HEADS.get(task.kind)
+  return head is not None and lm.model.config.head.labels == head
+
+
+def reads_shots(lm: LM, task: Task) -> bool:
+  """Whether examples stand before a question: not where a label head, a reward or embeddings answer, in conversations, or in
+  documents."""
+  rewards = task.kind == 'prefer' and lm.model.config.head.labels == 'sequence'
+  return not (rewards or _has_head(lm, task) or nearness.asker(task) or task.kind in ('chat', 'document'))
 
 
 def _check_draws(task: Task, terms: Terms) -> None:
@@ -429,6 +439,6 @@ def compared(task: Task, found: dict[str, Any], other: dict[str, Any], seed: int
 def hold_baseline(name: str, task: Task, terms: Terms = Terms()) -> dict[str, Any]:
   """As `hold`, of a baseline (`measure.baselines`) in a model's place, on the very same examples."""
   asked, train = _drawn(task, terms), list(tasks.examples(task, 'train'))
-  answers = baselines.answers(name, task, train, asked)
+  answers, terms = baselines.answers(name, task, train, asked), dataclasses.replace(terms, shots=0)
   said = [Said(e.id, e.input, answer[:10] if task.kind == 'retrieve' else answer) for e, answer in zip(asked, answers)]
   return _report(task, asked, answers, said, terms)

@@ -89,12 +89,13 @@ def _settings_fault(config) -> str | None:
   at = f'config.objective.{name}'
   if 'mask' in own and 'random' in own and own.mask + own.random > 1:
     return f'{at}: mask={own.mask} and random={own.random} are shares of the same tokens; together at most 1.'
-  if config.model.head.pool == 'splade' and (name != 'contrast' or not config.model.head.lm):
-    return ("config.model.head.pool='splade' weighs entries of the vocabulary, for objective contrast, with config.model.head.lm; "
-            'here take first, mean or last.')
-  if name == 'contrast' and config.model.head.pool == 'splade' and own.dims:
+  head = config.model.head
+  if head.pool == 'splade' and (head.labels == 'sequence' or head.pooler != 'none' or name == 'contrast' and not head.lm):
+    return ("config.model.head.pool='splade' weighs entries of the vocabulary, so it needs config.model.head.lm, and no label head "
+            'or pooler reads it; here take first, mean or last.')
+  if name == 'contrast' and head.pool == 'splade' and own.dims:
     return f"{at}.dims={own.dims}: the first of config.model.head.pool='splade' mean no more than the others; set it to ()."
-  if name == 'contrast' and config.model.head.pool != 'splade' and own.flops:
+  if name == 'contrast' and head.pool != 'splade' and own.flops:
     return f"{at}.flops={own.flops} keeps weights of config.model.head.pool='splade' few; set that, or 0."
   if name == 'prefix' and own.min_rate > own.max_rate:
     return f'{at}: min_rate={own.min_rate} is above max_rate={own.max_rate}; set it lower.'

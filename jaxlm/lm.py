@@ -314,15 +314,14 @@ class LM:
       if not found:
         raise JaxlmError(f'Text {row} is empty, and this model has no token that begins a text; leave it out.')
       reading.check_length(self.model, len(found), f'Text {row}', 'Cut it into pieces.')
-    found: list[np.ndarray] = [np.zeros(0)] * len(texts)
     how = self.model.config.head.pool if self.config.objective.name == 'contrast' else 'mean'
+    pooled = np.zeros((len(texts), self.model.config.vocab_size if how == 'splade' else self.model.config.width), np.float32)
     fronted = functools.partial(wording.fronted, self.front, self._encodes)
     prompts = [fronted(lambda found: Prompt([0], found), found) if self._encodes else fronted(Prompt, found)
                for found in ids]
     for rows, inputs in self._batches(prompts, batch_size):
-      for row, means in zip(rows, np.asarray(passes.means(self.model, self.params, inputs, how))):
-        found[row] = means
-    return found[0] if single else np.stack(found)
+      pooled[rows] = np.asarray(passes.pooled(self.model, self.params, inputs, how))[:len(rows)]
+    return pooled[0] if single else pooled
 
   def merged(self) -> 'LM':
     """The same model with its delta in its weights, as fast as the base and exported like one; this one stays as it is.

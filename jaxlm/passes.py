@@ -1,4 +1,4 @@
-"""What a loaded model computes of rows of text: outputs, scores of continuations, mean hidden states."""
+"""What a loaded model computes of rows of text: outputs, scores of continuations, embeddings."""
 import functools
 from typing import Any
 
@@ -49,9 +49,8 @@ def scores(model: Transformer, params: Tree, inputs: reading.Inputs, targets_BT:
 
 
 @functools.partial(jax.jit, static_argnames=('model', 'how'))
-def means(model: Transformer, params: Tree, inputs: reading.Inputs, how: str = 'mean') -> Array:
-  """float32 [B, D or V], the hidden states of each row's own tokens, as `Transformer.pooled` says; of an encoder-decoder,
-  the encoder's."""
+def pooled(model: Transformer, params: Tree, inputs: reading.Inputs, how: str = 'mean') -> Array:
+  """float32 [B, D or V], a row's own tokens as `Transformer.pooled` embeds them; of an encoder-decoder, the encoder's."""
   if inputs.source_BS is not None:
     hidden_BTD, tokens, _ = model.apply({'params': params}, reading.sources(inputs), method='encode')
     segments_BT = virtual.real(model.config, inputs.source_BS, tokens.segments)

@@ -67,11 +67,11 @@ def completed(values: dict[str, Any]) -> ConfigDict:
 
 
 def _found_again(config: ConfigDict, path: str) -> ConfigDict:
-  """The config; the runs it begins with, if told from a folder that is not the current one, are sought from those above it."""
-  for part, key in ((config.checkpoint, 'init_from'), (config.loss.teacher, 'path')):
-    told = part[key]
-    if told and not os.path.isabs(told) and not os.path.isdir(told):
-      part[key] = next((str(above / told) for above in pathlib.Path(path).parents if (above / told).is_dir()), told)
+  """The config; its base, if told from a folder that is not the current one, is sought from those above the run."""
+  told = config.checkpoint.init_from
+  if told and not os.path.isabs(told) and not os.path.isdir(told):
+    config.checkpoint.init_from = next(
+        (str(above / told) for above in pathlib.Path(path).parents if (above / told).is_dir()), told)
   return config
 
 

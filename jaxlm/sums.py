@@ -1,4 +1,4 @@
-"""Sums over rows, as products of matrices; and what passes over rows piece by piece."""
+"""Sums over rows, all at once as products of matrices, or piece by piece."""
 from typing import Callable
 
 import jax
@@ -16,15 +16,15 @@ def over_lead(x: Array, y: Array, num_lead: int | None = None) -> Array:
   return jax.lax.dot_general(x, y, ((lead, lead), ((), ())), preferred_element_type=jnp.float32)
 
 
-def by_pieces(columns: int, fn: Callable, carry: Tree, *arrays: Array) -> tuple[Tree, Tree]:
-  """Scans `fn(carry, arrays) -> carry, outputs` over pieces of the length, each of at most so many columns.
+def by_pieces(columns: int, fn: Callable, carry: Tree, *arrays: Array, whole: int = 1) -> tuple[Tree, Tree]:
+  """Scans `fn(carry, arrays) -> carry, outputs` over pieces of the length, each of about so many columns.
 
   Arrays and outputs are [B, T, …]; inside `fn`, T is the length of a piece. A piece has columns from everywhere: where
-  the length is split over devices, each has its share of every piece.
+  the length is split over devices, each has its share of every piece; `whole` is into how many parts.
   """
   length = arrays[0].shape[1]
   pieces = -(-length // columns)
-  size = -(-length // pieces)
+  size = -(-length // (pieces * whole)) * whole
 
   def cut(x):
     x = jnp.pad(x, ((0, 0), (0, pieces * size - length)) + ((0, 0),) * (x.ndim - 2))

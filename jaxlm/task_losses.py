@@ -84,8 +84,8 @@ def contrast_loss(model: Transformer, config: Any, params: Tree, batch: dict[str
   """Which document belongs to a query, among those of all queries of the batch, on whatever device they lie.
 
   Texts of the whole batch meet, so a batch is not cut (accumulation 1). A document that is the query's own once more, in
-  another row, is not taken for a wrong one. With `dims` also for the first dims alone; with `flops` also as many
-  products as an inverted index would form for a query, by the weights' means.
+  another row, is not taken for a wrong one. With `dims` also for the first dims alone; with `flops` also the squares of
+  mean weights, of queries and of documents, summed: about as many products as an inverted index would form.
 
   Source: van den Oord et al. 2018, arXiv:1807.03748, eq. 4; Kusupati et al. 2022, Matryoshka representation learning,
   arXiv:2205.13147.
@@ -111,7 +111,8 @@ def contrast_loss(model: Transformer, config: Any, params: Tree, batch: dict[str
   count = weights_B.sum()
   told = {'loss': (total, count), 'accuracy': ((correct_B * weights_B).sum(), count)}
   if settings.flops:
-    mean_KD = jnp.einsum('BKD,BK->KD', texts_BKD, there_BK * weights_B[:, None]) / count
+    counts_BK = there_BK * weights_B[:, None]
+    mean_KD = jnp.einsum('BKD,BK->KD', texts_BKD, counts_BK) / jnp.maximum(counts_BK.sum(0), 1)[:, None]
     told['flops'] = jnp.square(mean_KD).sum() * count, count
     total += settings.flops * told['flops'][0]
   total += losses.extra(model, output.aux, weights_B, told)

@@ -248,13 +248,14 @@ def test_what_else_the_model_needs_is_named(name, path, told):
 
 
 @pytest.mark.parametrize('name, pool, own, told', [
-    ('masked', 'splade', {}, "head.pool='splade' weighs entries of the vocabulary, for objective contrast"),
+    ('masked', 'splade', {}, None),  # which reads no pool, and goes on from a run that did
+    ('classify', 'splade', {}, "head.pool='splade' weighs entries of the vocabulary, so it needs config.model.head.lm"),
     ('contrast', 'splade', dict(dims=(8,)), "dims=(8,): the first of config.model.head.pool='splade' mean no more"),
     ('contrast', 'mean', dict(flops=0.1), "flops=0.1 keeps weights of config.model.head.pool='splade' few"),
     ('contrast', 'splade', dict(flops=0.1), None)])
 def test_weights_of_the_vocabulary_are_what_contrast_alone_learns(name, pool, own, told):
   config = config_of(name, 'encoder', **own)
-  config.model.head.pool = pool
+  config.model.head.update(pool=pool, labels='sequence' if name == 'classify' else 'none')
   assert fits.mismatch(config) is None if told is None else told in fits.mismatch(config)
 
 

@@ -334,11 +334,11 @@ def test_rules_that_cover_too_little_are_refused(tiny, tmp_path, changes, words)
     train.run(mesh(tiny), f'{tmp_path}/run')
 
 
-def test_the_runs_that_a_run_began_with_are_found_from_another_folder(tmp_path):
+def test_the_base_of_a_run_is_found_from_another_folder(tmp_path):
   (tmp_path / 'runs/base').mkdir(parents=True)
   (tmp_path / 'runs/own').mkdir()
   config = configs.default()
-  config.checkpoint.init_from, config.loss.teacher.path = 'runs/base', 'runs/gone'
-  (tmp_path / 'runs/own/config.json').write_text(configs.dumps(config))
-  found = rundir.RunDirectory(str(tmp_path / 'runs/own')).config
-  assert (found.checkpoint.init_from, found.loss.teacher.path) == (str(tmp_path / 'runs/base'), 'runs/gone')
+  for told, found in (('runs/base', str(tmp_path / 'runs/base')), ('runs/gone', 'runs/gone')):
+    config.checkpoint.init_from = told
+    (tmp_path / 'runs/own/config.json').write_text(configs.dumps(config))
+    assert rundir.RunDirectory(str(tmp_path / 'runs/own')).config.checkpoint.init_from == found

@@ -130,18 +130,10 @@ def test_a_delta_alone_is_trained_and_saved_and_the_base_keeps_its_bits(method, 
   assert trees.flatten(shared.params)['embed/embedding'] is base_['embed/embedding']
   if method in ('lora', 'dora', 'ia3', 'bitfit'):
     np.testing.assert_allclose(two.merged().logits(ids), two.logits(ids), atol=1e-5)
-
-
-@pytest.mark.parametrize('method', ['dora', 'prefix', 'bottleneck'])
-def test_a_delta_learns_the_same_on_one_device_and_on_eight(method, world, tmp_path):
-  tasks, runs = world
-  found = []
-  for name, sizes in (('one', {}), ('eight', dict(data=2, fsdp=2, tensor=2))):
-    config = tuned(tasks, 'answer', 'text', start=runs['decoder'], **of_method(method))
-    config.mesh.update(sizes)
-    train.run(config, f'{tmp_path}/{name}')
-    found.append(losses(f'{tmp_path}/{name}'))
-  np.testing.assert_allclose(*found, rtol=1e-5)  # float32 sums in another order
+  eight = tuned(tasks, 'answer', 'text', start=runs['decoder'], eval_every=0, save_every=0, **of_method(method))
+  eight.mesh.update(data=2, fsdp=2, tensor=2)
+  train.run(eight, f'{tmp_path}/eight')
+  np.testing.assert_allclose(losses(f'{tmp_path}/eight'), losses(f'{tmp_path}/run'), rtol=1e-5)  # sums in another order
 
 
 def test_a_resumed_delta_ends_bit_for_bit_as_one_that_never_stopped(world, tmp_path, monkeypatch):
@@ -188,8 +180,7 @@ def _names_of_labels_are_the_run_s_own(config, run, task):
   other = dataclasses.replace(task, labels=tuple(f'x{i}' for i in range(8)))
   with pytest.raises(JaxlmError, match=f'The label head of this model tells apart {told}'):
     exam.hold(lm, dataclasses.replace(other, target='x0'), exam.Terms())
-  with pytest.raises(JaxlmError, match='shots=2: a label head answers here'):
-    exam.hold(lm, task, exam.Terms(shots=2))
+  assert exam.hold(lm, task, exam.Terms(shots=2))['terms']['shots'] == 0  # it reads none
   lm.config = lm.config.copy_and_resolve_references()
   lm.config.data.task = 'gone.json'
   assert [*heads.classify(lm, ['aa'])[0]] == list(task.labels)
@@ -237,10 +228,11 @@ def test_an_encoder_with_a_new_head_learns_each_kind_of_label(objective, world, 
 @pytest.mark.parametrize('structure, settings', [
     ('encoder', {'model.head.pool': 'splade', 'objective.contrast.flops': 0.01}),
     ('decoder', {'model.head.pool': 'mean', 'objective.contrast.dims': (8, 16)})])
-def test_embeddings_of_a_batch_meet_whatever_the_devices(structure, settings, world, tmp_path):
+def test_embeddings_of_a_batch_meet_whatever_the_devices(structure, settings, world, tmp_path, monkeypatch):
+  monkeypatch.setattr('jaxlm.models.transformer.PIECE', 1 << 16)  # some of the vocabulary at once
   tasks, _ = world
   found = []
-  for name, sizes in (('one', {}), ('eight', dict(data=4, tensor=2))):
+  for name, sizes in (('one', {}), ('eight', dict(data=2, seq=2, tensor=2))):
     config = tuned(tasks, 'contrast', 'retrieve', structure, steps=5, **settings)
     config.mesh.update(sizes)
     train.run(config, f'{tmp_path}/{name}')
@@ -289,7 +281,7 @@ def test_a_text_weighs_the_vocabulary_by_the_best_score_that_its_tokens_give(mon
   from jaxlm import sharding, task_losses
   from jaxlm.models import transformer
   from jaxlm.state import build_model
-  monkeypatch.setattr(transformer, 'PIECE', 6)  # 2 of 10 columns at once
+  monkeypatch.setattr(transformer, 'PIECE', 3 * 10 * 50)  # 50 of 128 entries at once
   config = base.smoke(base.default())
   config.model.update(structure='encoder', num_layers=1, width=32)
   config.model.head.update(pool='splade', bias=True, transform='full')

@@ -22,7 +22,7 @@ def _environment():
   found = ImmutableSandboxedEnvironment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True, finalize=there)
   found.filters['split'] = _split
   # jinja2's own writes for HTML, and halves of characters beyond U+FFFF, which are no text in Python.
-  found.filters['tojson'] = functools.partial(json.dumps, ensure_ascii=False)
+  found.filters['tojson'] = lambda x, indent=None: json.dumps(x, ensure_ascii=False, indent=indent, default=str)
   return found
 
 

@@ -59,7 +59,7 @@ def _conll(paths: str, split: str) -> Iterator[tuple[str, Record]]:
   for path in matching(paths, key='files of a task'):
     rows: list[list[str]] = []
     for number, (line, offset) in enumerate([*lines(path, 0), (b'', 0)], 1):
-      text = decoded(line, path, offset).removeprefix('\ufeff').strip()
+      text = decoded(line, path, offset).removeprefix('\ufeff' if number == 1 else '').strip()
       row = text.split('\t') if '\t' in text else text.split()
       if row and row[0] != '-DOCSTART-' and (rows or not text.startswith('# ')):
         rows.append(row)

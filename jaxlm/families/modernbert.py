@@ -118,7 +118,8 @@ def to_hf(model: Any) -> dict[str, Any]:
       max_position_embeddings=model.max_length, norm_eps=model.norm.eps, norm_bias=model.norm.bias,
       attention_bias=model.attention.bias, mlp_bias=model.mlp.bias, layer_types=keys.their_layer_types(model),
       local_attention=2 * (window - 1) if window else 128, decoder_bias=head.bias,
-      classifier_pooling=next((theirs for theirs, ours in POOLS.items() if ours == head.pool), head.pool),
+      classifier_pooling=next((theirs for theirs, ours in POOLS.items() if ours == head.pool),
+                              head.pool if head.labels == 'sequence' else 'cls'),  # which alone reads it
       classifier_bias=head.transform_bias if head.lm else head.pooler_bias, classifier_activation=activation,
       tie_word_embeddings=model.tie_embeddings, initializer_range=model.init.std,
       attention_dropout=model.attention.dropout, embedding_dropout=model.dropout, mlp_dropout=model.dropout,

@@ -24,7 +24,7 @@ from jaxlm.types import Array, Output
 # Up to so many rows the output matrix, which is large, comes first in a product: on a CPU 2.4 times as fast at 8 rows
 # of 50,304 logits. The barrier keeps XLA from turning it back.
 FEW = 256
-PIECE = 2048  # positions whose logits exist at once where a text's best ones are looked for
+PIECE = 1 << 25  # logits that exist at once where a text's best ones are looked for
 
 # Numbers that no layer has, folded into dropout keys: of embeddings, and of another tower.
 EMBEDDING_LAYER, TOWER = NO_WINDOW, NO_WINDOW + 1
@@ -363,18 +363,21 @@ class Transformer(Tower):
     if how != 'splade':
       of_text = lambda k: pool(hidden_BTD, jnp.where(segments_BT == k + 1, 1, 0), how)
       return jnp.stack([of_text(k) for k in range(texts)], axis=1).astype(jnp.float32)
-    B, V = hidden_BTD.shape[0], self.config.padded_vocab
+    features_BTE = self.features(hidden_BTD)
+    w_VE, b_V = self.unembedding()
+    rows = w_VE.astype(self.config.dtype), jnp.zeros(len(w_VE), jnp.float32) if b_V is None else b_V.astype(jnp.float32)
 
     @jax.checkpoint
-    def better(best_BKV, columns):
-      features_BTE, segments_BT = columns
-      logits_BTV = self.logits(features_BTE)
+    def best(_, rows):
+      (w_1VE, b_1V), f32 = rows, dict(preferred_element_type=jnp.float32)
+      logits_BTV = softcap(jnp.einsum('BTE,VE->BTV', features_BTE, w_1VE[0], **f32) + b_1V, self.config.logit_softcap)
+      logits_BTV = self.layout.constrain(logits_BTV, 'act_batch', 'act_length', 'act_vocab')
       of_text = lambda k: jnp.where((segments_BT == k + 1)[..., None], logits_BTV, 0).max(1)
-      best_BKV = jnp.maximum(best_BKV, jnp.stack([of_text(k) for k in range(texts)], axis=1))
-      return self.layout.constrain(best_BKV, 'act_batch', None, 'act_vocab'), ()
-    none_BKV = self.layout.constrain(jnp.zeros((B, texts, V), jnp.float32), 'act_batch', None, 'act_vocab')
-    best_BKV, _ = by_pieces(max(1, PIECE // B), better, none_BKV, self.features(hidden_BTD), segments_BT)
-    return jnp.log1p(best_BKV[..., :self.config.vocab_size])
+      best_BKV = jnp.stack([of_text(k) for k in range(texts)], axis=1)
+      return (), jnp.moveaxis(self.layout.constrain(best_BKV, 'act_batch', None, 'act_vocab'), 2, 0)[None]
+    some = max(1, PIECE // hidden_BTD[..., 0].size)
+    _, best_1VBK = by_pieces(some, best, (), *(x[None] for x in rows), whole=self.layout.parts('act_vocab'))
+    return jnp.log1p(nn.relu(jnp.moveaxis(best_1VBK[0], 0, 2)[..., :self.config.vocab_size]))
 
   def replacements(self, batch: dict[str, Array], rng: Array | None = None) -> Array:
     """[B, M, E]: features of ELECTRA's generator at `target_index`, of rows whose tokens there are hidden."""
@@ -461,6 +464,8 @@ def pool(hidden_BTD: Array, segments_BT: Array, how: str) -> Array:
     weights_BT1 = real_BT[..., None].astype(jnp.float32)
     total_BD = (hidden_BTD.astype(jnp.float32) * weights_BT1).sum(1)
     return (total_BD / jnp.maximum(weights_BT1.sum(1), 1)).astype(hidden_BTD.dtype)
+  if how not in ('first', 'last'):
+    raise ValueError(f'no token of a row is {how!r}')
   columns = jnp.arange(real_BT.shape[1])
   at_B = jnp.argmax(real_BT, axis=1) if how == 'first' else jnp.where(real_BT, columns, 0).max(1)
   return jnp.take_along_axis(hidden_BTD, at_B[:, None, None], axis=1)[:, 0]
