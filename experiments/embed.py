@@ -1,6 +1,6 @@
 """The function that a docstring describes, found among all: nDCG@10 0.416 (0.382 to 0.451) among 513 held-out ones, where
 TF-IDF has 0.349 (0.316 to 0.383). First 120 steps on comments and the lines under them, which nobody labelled, then 150;
-15 and 10 minutes beside other work. Without the first: 0.400. A text weighs the vocabulary (SPLADE); by the mean of its
+13 and 12 minutes beside other work. Without the first: 0.400. A text weighs the vocabulary (SPLADE); by the mean of its
 states (`--config.model.head.pool=mean`, also for a start without an output matrix) it was 0.333, at best 0.370.
 
   python -m jaxlm.main --config=experiments/embed.py:start=runs/encoder,task=comments --config.steps=120 --workdir=runs/comments

@@ -31,8 +31,8 @@ _HARNESS_TASKS = flags.DEFINE_string('harness_tasks', None, 'A folder of YAML ta
                                      'without --harness all of these are asked.')
 _OUTPUT = flags.DEFINE_string('output', None, 'A JSON file for numbers, prompts and answers.')
 _SPLIT = flags.DEFINE_enum('split', 'test', ['train', 'validation', 'test'], 'Whose examples are asked.')
-_SHOTS = flags.DEFINE_integer('shots', 0, 'Examples with answers before each question, drawn from the training split. '
-                              'Where it is not given, tasks of lm-eval have as many as they say.', lower_bound=0)
+_SHOTS = flags.DEFINE_integer('shots', 0, 'Examples with answers before each question, drawn from the training split; not '
+                              'where a label head or embeddings answer. Where it is not given, tasks of lm-eval have as many as they say.', lower_bound=0)
 _SEED = flags.DEFINE_integer('seed', 0, 'Of that draw, and of the intervals.')
 _LIMIT = flags.DEFINE_integer('limit', 0, 'Examples of each task, drawn by the seed, of lm-eval the first; 0: all.',
                               lower_bound=0)

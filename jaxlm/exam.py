@@ -300,8 +300,8 @@ def _has_head(lm: LM, task: Task) -> bool:
 
 
 def reads_shots(lm: LM, task: Task) -> bool:
-  """Whether examples stand before a question: not where a label head, a reward or embeddings answer, in conversations, or in
-  documents."""
+  """Whether examples stand before a question: not in conversations and documents, nor where a label head or embeddings
+  answer."""
   rewards = task.kind == 'prefer' and lm.model.config.head.labels == 'sequence'
   return not (rewards or _has_head(lm, task) or nearness.asker(task) or task.kind in ('chat', 'document'))
 

@@ -36,6 +36,13 @@ def get_config(arg=None):
   return config
 '''
 BASE = 'from jaxlm import config as base\ndef get_config():\n  config = base.default()\n'
+TASK = '''from jaxlm import config as base
+def get_config(arg):
+  config = base.smoke(base.tune(base.default(), 'task.json', arg))
+  config.data.update(tokenizer='pieces', too_long='refuse', task_examples=0)
+  config.model.head.update(labels='sequence' if arg == 'classify' else 'none', lm=arg != 'classify')
+  return config
+'''
 WORDS = json.dumps(dict(version='1.0', added_tokens=[], normalizer=None, pre_tokenizer=None, post_processor=None,
                         decoder=None, model=dict(type='WordLevel', vocab={'a': 0, 'b': 1}, unk_token='a')))
 
@@ -85,6 +92,15 @@ def truncated_parquet(_) -> None:
   os.truncate('r.parquet', os.path.getsize('r.parquet') - 9)
 
 
+def of_task(kind: str, *records: str, **more: str) -> Mapping[str, str]:
+  """Files of a task: its description, and records by line."""
+  described = dict(kind=kind, files={'train': 'train.jsonl', 'validation': 'validation.jsonl'}, labels=['no', 'yes'])
+  good = {'classify': '{"text": "a", "label": "no"}', 'text': '{"text": "a", "label": "b"}',
+          'chat': '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}'}[kind]
+  return {'task.py': TASK, 'task.json': json.dumps(described), 'validation.jsonl': good + '\n',
+          'train.jsonl': '\n'.join([*[good] * 3416, *records]) + '\n'} | more
+
+
 # ---- the table -----------------------------------------------------------------------------------------------------
 
 
@@ -105,6 +121,7 @@ class Case:
   make: Mapping[str, str | bytes | None] | Callable[[contextlib.ExitStack], None] | None = None
 
 
+TRAINS = '--config=task.py:{} --workdir=runs/new'  # an objective
 CASES = (
     # ---- the command line ----
     Case('no `--config`', '',
@@ -579,6 +596,31 @@ CASES = (
          '--config=tiny.py --workdir=runs/new --config.optim.freeze="(\'nosuch\',)"',
          ("config.optim.freeze: 'nosuch' matches no parameter; patterns match a whole path, such as "
           "'embed/embedding'.",)),
+    # ---- a task ----
+    Case('a record that is not JSON', TRAINS.format('classify'),
+         ('{here}/train.jsonl:3417: not a line of JSON (Expecting value: line 2 column 1 (char 24)); mend or remove it.',),
+         of_task('classify', '{"text": "a", "label": ')),
+    Case('a record without a field', TRAINS.format('classify'),
+         ("{here}/train.jsonl:3417: template '{{ text }}': 'text' is undefined; the record has 'label'. Mend the record, or the "
+          'template.',),
+         of_task('classify', '{"label": "no"}')),
+    Case('a label that the task has not', TRAINS.format('classify'),
+         ("{here}/train.jsonl:3417: unknown label 'nay'; the task has 'no', 'yes'. Mend the record, or the labels of the task.",),
+         of_task('classify', '{"text": "a", "label": "nay"}')),
+    Case('a conversation that nobody answers', TRAINS.format('answer'),
+         ('{here}/train.jsonl:3417: Wanted a turn of the assistant, got none among 1 messages; leave this conversation out, '
+          'there is nothing to learn from.',),
+         of_task('chat', '{"messages": [{"role": "user", "content": "a"}]}')),
+    Case('a turn of nobody', TRAINS.format('answer'),
+         ("{here}/train.jsonl:3417: messages[0]: unknown role 'teacher'. Known: system, user, assistant, tool.",),
+         of_task('chat', '{"messages": [{"role": "teacher", "content": "a"}, {"role": "assistant", "content": "b"}]}')),
+    Case('an answer longer than a row', TRAINS.format('answer'),
+         ('{here}/train.jsonl:3417: the target has 100 tokens, the window has room for 64; make config.seq_len longer, '
+          'or leave the record out.',),
+         of_task('text', json.dumps(dict(text='a', label='b' * 99)))),
+    Case('a split without records', TRAINS.format('classify'),
+         ("Split 'validation' of the task is empty: validation.jsonl gives no record. Give it files, or raise held_out.",),
+         of_task('classify', **{'validation.jsonl': ''})),
 )
 
 

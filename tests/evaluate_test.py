@@ -1,4 +1,5 @@
 """The program: it tells what the model was given and said, whatever the batch and however often it was stopped."""
+import collections
 import hashlib
 import json
 import math
@@ -66,6 +67,7 @@ def world(tmp_path_factory):
       told=dict(kind='choice', input='{{ q }}?', target='{{ label }}', instruction='Go.', between='\n'),
       code=dict(kind='text', input='{{ q }}', target='{{ a }}', metric='pass@10', max_new_tokens=4,
                 program='assert sum({{ said | tojson }}.encode()) % 5 == 0'),
+      written=dict(kind='text', input='{{ q }}?', target=' {{ a }}', between='\n', max_new_tokens=3),
       better=dict(kind='prefer', input='{{ q }}?', second=' {{ a }}', fields=dict(rejected='q'), between='\n'),
       number=dict(kind='regress', input='{{ q }}'), read=dict(kind='document', input='{{ q }} {{ a }}')).items():
     (folder / f'{name}.json').write_text(json.dumps(dict(files=files, **task)))
@@ -123,25 +125,29 @@ def by_hand(world, id, seed, kind):
   key = int.from_bytes(hashlib.sha256(os.path.basename(id).encode()).digest()[:8], 'little')
   train = list(records(world, 'train').values())
   drawn = np.random.Generator(np.random.Philox(key=np.array([seed, key], np.uint64))).choice(8, 3, replace=False)[:2]
-  answer = lambda r: f' {r["a"]}' if kind == 'better' else r['choices'][r['label']]
+  answer = lambda r: r['choices'][r['label']] if kind == 'told' else f' {r["a"]}'
   shots = [f'{r["q"]}?{answer(r)}' for r in (train[i] for i in drawn)]
   return '\n'.join([*(['Go.'] if kind == 'told' else []), *shots, f'{records(world)[id]["q"]}?'])
 
 
 def test_examples_in_a_prompt_are_those_that_are_scored(world, tmp_path, monkeypatch):
-  given, score = [], LM.score
+  given, score, write = [], LM.score, LM.generate
   monkeypatch.setattr(LM, 'score', lambda self, contexts, *rest, **kw: given.extend(contexts) or score(
       self, contexts, *rest, **kw))
-  names = 'told', 'better'
+  monkeypatch.setattr(LM, 'generate', lambda self, prompts, **kw: given.extend(prompts) or write(self, prompts, **kw))
+  names = 'told', 'better', 'written'
   assert program(f'--model={world}/one', '--tasks=' + ','.join(f'{world}/{name}.json' for name in names), '--shots=2',
-                 '--seed=5', '--limit=6', f'--output={tmp_path}/out.json') == 0
+                 '--seed=11', '--limit=6', f'--output={tmp_path}/out.json') == 0
   for name in names:
     said = said_in(tmp_path / 'out.json', world / f'{name}.json')
     assert len(said) == 6 and set(said) < set(records(world))
     for id, one in said.items():
-      assert one['prompt'] == by_hand(world, id, 5, name)
-      assert given.count(one['prompt']) == (3 if name == 'told' else 2)
-  assert len(given) == 6 * 5
+      assert one['prompt'] == by_hand(world, id, 11, name)
+  # Three choices, two answers, one that is written: all after the same words, where there is no instruction.
+  counts = collections.Counter(given)
+  assert all(counts[one['prompt']] == 3 for name in names
+             for one in said_in(tmp_path / 'out.json', world / f'{name}.json').values())
+  assert len(given) == 6 * (3 + 2 + 1)
 
 
 @pytest.mark.parametrize('norm', exam.NORMS)

@@ -245,34 +245,34 @@ def test_embeddings_of_a_batch_meet_whatever_the_devices(structure, settings, wo
     np.testing.assert_allclose(lm.embed([ids])[0], np.log1p(np.maximum(best, 0)), atol=1e-5)
 
 
-def test_the_same_document_of_another_row_is_not_a_wrong_one():
+def test_a_query_is_asked_among_the_documents_of_all_rows_by_each_number_of_dims():
+  """Its own and all wrong ones, beside it or in other rows, but for its own once more, and for those that are not there."""
+  import flax.linen as nn
+  import jax
   from jaxlm import sharding, task_losses
   from jaxlm.state import build_model
   config = base.smoke(base.default())
   config.model.update(structure='encoder', num_layers=1, width=32)
+  config.model.head.pool = 'mean'
   config.objective.name = 'contrast'
+  config.objective.contrast.update(negatives=1, dims=(4,), temperature=0.2)
   model = build_model(config, 128, 'full', sharding.single(config.sharding.rules))
-  rng = np.random.default_rng(0)
-  texts = rng.integers(1, 100, (3, 2, 5))
-  def loss(documents):
-    ids = np.stack([np.concatenate([texts[i, 0], texts[j, 1]]) for i, j in enumerate(documents)])
-    segments = np.broadcast_to(np.repeat([1, 2], 5), ids.shape)
-    batch = dict(tokens=ids, segment_ids=segments, positions=np.broadcast_to(np.tile(np.arange(5), 2), ids.shape),
-                 label_weights=np.ones(3, np.float32))
-    batch = {key: np.asarray(x, np.int32 if key != 'label_weights' else np.float32) for key, x in batch.items()}
-    params = params_of(batch)
-    return task_losses.contrast_loss(model, config, params, batch, None)[0], params, batch
-  def params_of(batch):
-    import jax
-    return nn.meta.unbox(model.init(jax.random.key(0), batch)['params'])
-  import flax.linen as nn
-  total, params, batch = loss([0, 1, 0])  # the first and the last query have one document
+  texts = np.random.default_rng(0).integers(1, 100, (3, 3, 5))
+  texts[2, 1] = texts[0, 1]  # the first and the last query have one document
+  segments = np.repeat([[1, 2, 3], [1, 2, 3], [1, 2, 0]], 5, axis=1)  # and the last no wrong one of its own
+  batch = dict(tokens=texts.reshape(3, 15).astype(np.int32), segment_ids=segments.astype(np.int32),
+               positions=np.tile(np.arange(5, dtype=np.int32), (3, 3)), label_weights=np.ones(3, np.float32))
+  params = nn.meta.unbox(model.init(jax.random.key(0), batch)['params'])
   hidden = model.apply({'params': params}, batch, with_logits=False).hidden
-  unit = np.asarray(task_losses.embeddings(model, params, hidden, batch, 2), float)
-  unit /= np.linalg.norm(unit, axis=-1, keepdims=True)
-  scores = unit[:, 0] @ unit[:, 1].T / config.objective.contrast.temperature
-  nll = lambda row, own, others: np.log(np.exp(scores[row, [own, *others]]).sum()) - scores[row, own]
-  assert float(total) == pytest.approx(nll(0, 0, [1]) + nll(1, 1, [0, 2]) + nll(2, 2, [1]), rel=1e-4)
+  means = np.asarray(hidden, float).reshape(3, 3, 5, -1).mean(2)
+  wrong = {0: [(0, 2), (1, 1), (1, 2)], 1: [(0, 1), (0, 2), (1, 2), (2, 1)], 2: [(0, 2), (1, 1), (1, 2)]}
+  total = 0.0
+  for dims in (4, 32):
+    unit = means[..., :dims] / np.linalg.norm(means[..., :dims], axis=-1, keepdims=True)
+    for row, others in wrong.items():
+      scores = np.array([unit[row, 0] @ unit[place] for place in [(row, 1), *others]]) / 0.2
+      total += (np.log(np.exp(scores).sum()) - scores[0]) / 2
+  assert float(task_losses.contrast_loss(model, config, params, batch, None)[0]) == pytest.approx(total, rel=1e-4)
 
 
 def test_a_text_weighs_the_vocabulary_by_the_best_score_that_its_tokens_give(monkeypatch):
@@ -435,6 +435,40 @@ def test_patterns_and_settings_that_mean_nothing_are_told(world, tmp_path):
   for i, (changes, told) in enumerate(cases):
     with pytest.raises((JaxlmError, RunFailed), match=told):
       train.run(tuned(tasks, 'classify', 'classify', 'encoder', runs['encoder'], **changes), f'{tmp_path}/{i}')
+
+
+def test_a_class_counts_its_weight():
+  """A mean of the losses by their classes' weights, as torch has it."""
+  from jaxlm.task_losses import _of_classes
+  scores = np.random.default_rng(0).normal(size=(4, 3)).astype(np.float32)
+  labels, there = np.array([0, 2, 2, 1]), np.array([1, 1, 1, 0], np.float32)  # the last row is padding
+  settings = base.default().loss
+  settings.update(class_weights=(0.5, 9.0, 2.0), label_smoothing=0.1)
+  loss, _, weights = _of_classes(scores, labels, there, settings)
+  log_probs = scores - np.log(np.exp(scores).sum(1, keepdims=True))
+  each = -(0.9 * log_probs[range(4), labels] + 0.1 * log_probs.mean(1))
+  np.testing.assert_allclose(loss, each, rtol=1e-5)
+  np.testing.assert_array_equal(weights, [0.5, 2, 2, 0])
+
+
+def test_ids_that_the_base_has_not_begin_as_the_mean_of_its_own(world):
+  import flax.linen as nn
+  import jax
+  from jaxlm import adopt, sharding
+  from jaxlm.state import build_model
+  run = world[1]['decoder']
+  lm, config = jaxlm.load(run), rundir.RunDirectory(run).config
+  tokenizer = lm.tokenizer.with_roles(['mask', 'sentinel_0'])
+  old, new = lm.tokenizer.vocab.size, tokenizer.vocab.size
+  assert new == old + 2
+  for padded_to in (64, 1):  # rows for them are there already, or not
+    config.model.vocab_pad_to = padded_to
+    model = build_model(config, new, 'causal', sharding.single(config.sharding.rules))
+    params = nn.meta.unbox(model.init(jax.random.key(1), {'tokens': np.zeros((1, 4), np.int32)})['params'])
+    found = adopt.adopted(run, params, model, tokenizer, 0)
+    rows = np.asarray(lm.params['embed']['embedding'])[:old]
+    np.testing.assert_array_equal(found['embed']['embedding'][:old], rows)
+    np.testing.assert_allclose(found['embed']['embedding'][old:new], np.tile(rows.mean(0), (2, 1)), rtol=1e-6)
 
 
 def test_small_class_weights_change_no_rate(world, tmp_path):
