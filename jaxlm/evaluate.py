@@ -32,7 +32,8 @@ _HARNESS_TASKS = flags.DEFINE_string('harness_tasks', None, 'A folder of YAML ta
 _OUTPUT = flags.DEFINE_string('output', None, 'A JSON file for numbers, prompts and answers.')
 _SPLIT = flags.DEFINE_enum('split', 'test', ['train', 'validation', 'test'], 'Whose examples are asked.')
 _SHOTS = flags.DEFINE_integer('shots', 0, 'Examples with answers before each question, drawn from the training split; not '
-                              'where a label head or embeddings answer. Where it is not given, tasks of lm-eval have as many as they say.', lower_bound=0)
+                              'where a label head or embeddings answer. Where it is not given, tasks of lm-eval have '
+                              'as many as they say.', lower_bound=0)
 _SEED = flags.DEFINE_integer('seed', 0, 'Of that draw, and of the intervals.')
 _LIMIT = flags.DEFINE_integer('limit', 0, 'Examples of each task, drawn by the seed, of lm-eval the first; 0: all.',
                               lower_bound=0)
@@ -143,9 +144,9 @@ def main(argv: list[str]) -> None:
   model = None if _BASELINE.value else loading.load(_MODEL.value, dtype=_DTYPE.value)
   terms = exam.Terms(_SPLIT.value, _SHOTS.value, _SEED.value, _LIMIT.value, _NORM.value, _BATCH_SIZE.value,
                      _SAMPLES.value, _TEMPERATURE.value)
-  if terms.shots and asked and not (model and any(exam.reads_shots(model, task) for task in asked.values())):
-    raise JaxlmError(f'--shots={terms.shots}: of {", ".join(asked)} none is asked by a prompt of {_MODEL.value or "a baseline"}, '
-                     'before which examples could stand; leave it 0.')
+  if terms.shots and asked and (model is None or not any(exam.reads_shots(model, task) for task in asked.values())):
+    raise JaxlmError(f'--shots={terms.shots}: of {", ".join(asked)} none is asked by a prompt of {_MODEL.value or "a baseline"}'
+                     ', before which examples could stand; leave it 0.')
   kept = f'{_OUTPUT.value}.said' if _OUTPUT.value else ''
   results: dict[str, Any] = {}
   for name, task in asked.items():

@@ -91,8 +91,8 @@ def _settings_fault(config) -> str | None:
     return f'{at}: mask={own.mask} and random={own.random} are shares of the same tokens; together at most 1.'
   head = config.model.head
   if head.pool == 'splade' and (head.labels == 'sequence' or head.pooler != 'none' or name == 'contrast' and not head.lm):
-    return ("config.model.head.pool='splade' weighs entries of the vocabulary, so it needs config.model.head.lm, and no label head "
-            'or pooler reads it; here take first, mean or last.')
+    return ("config.model.head.pool='splade' weighs entries of the vocabulary, so it needs config.model.head.lm, and no label "
+            'head or pooler reads it; here take first, mean or last.')
   if name == 'contrast' and head.pool == 'splade' and own.dims:
     return f"{at}.dims={own.dims}: the first of config.model.head.pool='splade' mean no more than the others; set it to ()."
   if name == 'contrast' and head.pool != 'splade' and own.flops:
