@@ -204,11 +204,11 @@ def test_words_come_from_a_file(tmp_path):
     audited('toxicity', lm, dict(files=path, words='a', classifier='b'))
 
 
-def tiny_run(folder, config, name):
-  config.update(batch_size=8, seq_len=32, eval_every=config.steps, save_every=config.steps, tensorboard=False)
-  config.model.update(num_layers=1, width=32, vocab_pad_to=64, max_length=96)
+def tiny_run(folder, config, name, seq_len=32, width=32):
+  config.update(batch_size=8, seq_len=seq_len, eval_every=config.steps, save_every=config.steps, tensorboard=False)
+  config.model.update(num_layers=1, width=width, vocab_pad_to=64, max_length=max(96, seq_len))
   config.model.mlp.width = 64
-  config.model.attention.update(num_heads=4, num_kv_heads=4, head_dim=8)
+  config.model.attention.update(num_heads=4, num_kv_heads=4, head_dim=width // 4)
   config.eval.update(batch_size=8, max_tokens=512, prompts=())
   config.mesh.update(data=1)
   train.run(config, str(folder / name))
@@ -339,6 +339,22 @@ def test_a_document_planted_often_is_found_and_named_and_one_seen_once_is_not_fl
   result = audited('memorisation', reciting(lm, monkeypatch, UNIQUE), ALL | dict(samples=10 ** 6), run)
   own, = result['stores'].values()
   assert {text['file'] for text in own['found']} == {'unique.jsonl'}
+
+
+def test_what_training_itself_got_by_heart_is_found_at_the_default_thresholds(tmp_path):
+  config = base.smoke(base.default())
+  config.steps = 240
+  config.model.positions.kind = 'rope'
+  config.optim.update(lr=1e-2, warmup_steps=20)
+  plant(tmp_path, config)
+  run = tiny_run(tmp_path, config, 'run', seq_len=128, width=64)
+  result = audited('memorisation', jaxlm.load(run), {}, run)
+  own, = result['stores'].values()
+  assert result['metrics']['memorised 11-100'] > 0.9 and result['metrics']['memorised 1'] == 0
+  assert {(text['file'], text['repeats']) for text in own['found']} == {('planted.jsonl', 50)}
+  path = written(tmp_path / 'a.jsonl.txt', [dict(prompt=PLANTED[:50])])
+  named, = audited('provenance', jaxlm.load(run), dict(files=path, max_new_tokens=50), run)['stores'].values()
+  assert named[0]['rows'][0]['sources'][0]['file'] == 'planted.jsonl' and named[0]['covered'] > 0.9
 
 
 def test_a_model_that_learned_nothing_recites_nothing_in_any_batch(world):

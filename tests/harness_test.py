@@ -15,7 +15,7 @@ import tokenizers as backend
 import yaml
 
 import jaxlm
-from jaxlm import harness
+from jaxlm import convert, harness, programs
 from jaxlm.data import templates, tokenizers
 from jaxlm.errors import JaxlmError
 
@@ -75,6 +75,12 @@ def make(folder, name):
   given = transformers.PreTrainedTokenizerFast(
       tokenizer_file=str(folder / 'tokenizer.json'), bos_token=bos, eos_token=tokenizer.backend.id_to_token(
           tokenizer.vocab.eos), pad_token='<|pad|>', chat_template=(folder / 'chat_template.jinja').read_text())
+  if name == 'llama':  # a run of ours, and the weights that it exports
+    run, exported = folder.with_name(f'{folder.name}-run'), folder.with_name(f'{folder.name}-exported')
+    for source, target in ((folder, run), (run, exported)):
+      assert programs.outcome(convert.main, ['jaxlm.convert', f'--from={source}', f'--to={target}']) == 0
+    return HFLM(pretrained=transformers.AutoModelForCausalLM.from_pretrained(exported), tokenizer=given,
+                batch_size=3), jaxlm.load(run)
   return HFLM(pretrained=model, tokenizer=given, batch_size=3), jaxlm.load(folder)
 
 
