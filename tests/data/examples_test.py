@@ -232,3 +232,23 @@ def test_the_first_examples_are_measured_whole():
     assert kept == 4 or part.lengths.sum() + whole.lengths[whole.record == kept].sum() > tokens
     np.testing.assert_array_equal(part.lengths, whole.lengths[:len(part)])
     np.testing.assert_array_equal(part.labels, whole.labels[:len(part)])
+
+
+@pytest.mark.parametrize('packing', ['padded', 'best_fit'])
+def test_an_end_that_is_also_padding_counts_where_it_ends_an_answer_and_nowhere_else(packing, config, tmp_path):
+  backend = tokenizers.bytes_tokenizer().backend
+  backend.add_special_tokens(['<s>', '</s>'])
+  made = tokenizers.Tokenizer(backend, dict(bos='<s>', eos='</s>', pad='</s>'), 'made')
+  made.save(tmp_path / 'pieces')
+  turns = [dict(role=role, content=content) for role, content in (
+      ('user', 'hi'), ('assistant', 'yo'), ('user', 'and?'), ('assistant', 'so'))]
+  (tmp_path / 'all.jsonl').write_text('\n'.join([json.dumps(dict(messages=turns))] * 20), encoding='utf-8')
+  (tmp_path / 'task.json').write_text(json.dumps(dict(kind='chat', files=dict.fromkeys(
+      ('train', 'validation'), str(tmp_path / 'all.jsonl')))))
+  config.data.update(packing=packing, tokenizer=str(tmp_path / 'pieces'), template='llama2')
+  config.seq_len = 150
+  batch = stream_of(config)[1].examples(np.arange(4))
+  ends, there = batch['targets'] == made.vocab.eos, batch['segment_ids'] > 0
+  assert (batch['tokens'][~there] == made.vocab.pad).all() and (~there).any() and not batch['loss_weights'][~there].any()
+  for row, count in zip(batch['segment_ids'], batch['loss_weights'] * ends):
+    assert count.sum() == 2 * row.max()  # each conversation has two answers
