@@ -1,5 +1,6 @@
 """Summaries rewarded for the words they share with a function's own docstring: of draws for held-out
-functions 0.178, before it 0.158; 3 minutes. The likeliest ones stay as good (ROUGE-L 0.202). The verifier is a setting.
+functions 0.178, before it 0.158; one for each of 499, of at most 64 tokens, 0.093 (0.085 to 0.102) and 0.072, in pairs
+p = 0.001; 3 minutes. The likeliest ones stay as good (ROUGE-L 0.202). The verifier is a setting.
 
   python -m jaxlm.main --config=experiments/grpo.py:start=runs/summarize
   python -m jaxlm.main --config=experiments/grpo.py:start=runs/code,task=body,verifier=program   # doctests that pass

@@ -68,7 +68,7 @@ def completed(values: dict[str, Any]) -> ConfigDict:
 
 def _found_again(config: ConfigDict, path: str) -> ConfigDict:
   """The config; its base, if told from a folder that is not the current one, is sought from those above the run."""
-  told = config.checkpoint.init_from
+  told = config.get('checkpoint', {}).get('init_from')  # what it lacks is told where it is used
   if told and not os.path.isabs(told) and not os.path.isdir(told):
     config.checkpoint.init_from = next(
         (str(above / told) for above in pathlib.Path(path).parents if (above / told).is_dir()), told)
