@@ -370,8 +370,7 @@ class Transformer(Tower):
     @jax.checkpoint
     def best(_, rows):
       (w_1VE, b_1V), f32 = rows, dict(preferred_element_type=jnp.float32)
-      logits_BTV = softcap(jnp.einsum('BTE,VE->BTV', features_BTE, w_1VE[0], **f32) + b_1V, self.config.logit_softcap)
-      logits_BTV = self.layout.constrain(logits_BTV, 'act_batch', 'act_length', 'act_vocab')
+      logits_BTV = self._capped(jnp.einsum('BTE,VE->BTV', features_BTE, w_1VE[0], **f32), b_1V)
       of_text = lambda k: jnp.where((segments_BT == k + 1)[..., None], logits_BTV, 0).max(1)
       best_BKV = jnp.stack([of_text(k) for k in range(texts)], axis=1)
       return (), jnp.moveaxis(self.layout.constrain(best_BKV, 'act_batch', None, 'act_vocab'), 2, 0)[None]
@@ -405,6 +404,10 @@ class Transformer(Tower):
       logits_BTV = jnp.moveaxis(logits_VBT, 0, 2)
     else:
       logits_BTV = jnp.einsum('BTE,VE->BTV', features_BTE, w_VE, **f32)
+    return self._capped(logits_BTV, b_V)
+
+  def _capped(self, logits_BTV: Array, b_V: Array | None) -> Array:
+    """What products with the output matrix, or with a part of it, become: laid out, with the bias, capped."""
     logits_BTV = self.layout.constrain(logits_BTV, 'act_batch', 'act_length', 'act_vocab')
     if b_V is not None:
       logits_BTV += b_V.astype(jnp.float32)
