@@ -5,11 +5,7 @@ from typing import Any, Iterator
 
 from ml_collections import ConfigDict
 
-from jaxlm import config as config_module
-from jaxlm import fits
-from jaxlm import objectives
-from jaxlm import optim
-from jaxlm import rollouts
+from jaxlm import fits, objectives, optim, rollouts, settings
 from jaxlm.data import plans, sources, store, tokenizers
 from jaxlm.errors import JaxlmError
 from jaxlm.families import table
@@ -36,7 +32,7 @@ NAMED = {
 
 def faults(config: ConfigDict) -> list[str]:
   """Everything wrong with a config, one line each; [] if it can be run."""
-  found = config_module.faults(config)
+  found = settings.faults(config)
   return found or list(_names(config)) + list(_model(config)) + list(_training(config)) + list(_data(config)) + list(
       _task(config)) + list(_rollouts(config))
 

@@ -7,8 +7,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from jaxlm import config as config_module
-from jaxlm import adapters, adopt, forms, hf, targets, transfer, trees
+from jaxlm import adapters, adopt, forms, hf, settings, targets, transfer, trees
 from jaxlm.checkpoint import Checkpoints
 from jaxlm.data import tokenizers
 from jaxlm.errors import JaxlmError
@@ -74,7 +73,7 @@ def of_adapter(source: Path, path: Path, step: int | None) -> Delta:
   with config.unlocked():
     config.model.peft.update(dataclasses.asdict(method))
     config.checkpoint.update(init_from=os.path.abspath(path), init_step=_pinned(path, step), resume='')
-  if faults := config_module.faults(config):
+  if faults := settings.faults(config):
     raise JaxlmError('\n'.join(f'{source}: {fault}' for fault in faults))
   model = forms.model_of(config, base.model.config.vocab_size, config.precision.params)
   return Delta(source, config, model, params, base, base)

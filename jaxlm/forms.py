@@ -13,7 +13,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from jaxlm import config as config_module
-from jaxlm import hf, sharding, transfer, trees
+from jaxlm import hf, settings, sharding, transfer, trees
 from jaxlm.checkpoint import Checkpoints
 from jaxlm.data import tokenizers
 from jaxlm.errors import JaxlmError
@@ -60,7 +60,7 @@ def of_run(path: Path) -> Source:
   config, kept = RunDirectory(str(path)).config, path / hf.KEPT
   if config is None:
     raise JaxlmError(f'{path} has no config.json; give a run directory, a Hugging Face folder or a GGUF file.')
-  if faults := config_module.faults(config):
+  if faults := settings.faults(config):
     raise JaxlmError('\n'.join(f'{path}/config.json: {fault}' for fault in faults))
   size = tokenizers.load(path / 'tokenizer').vocab.size
   return Source(config, model_of(config, size, config.precision.params), path / 'tokenizer',

@@ -15,7 +15,7 @@ import tokenizers
 from ml_collections import ConfigDict
 
 from jaxlm import config as base
-from jaxlm import gguf, transfer
+from jaxlm import gguf, settings, transfer
 from jaxlm.data.tokenizers import Tokenizer
 from jaxlm.errors import JaxlmError
 from jaxlm.families import keys, table
@@ -255,7 +255,7 @@ def load_folder(path: str | os.PathLike) -> Folder:
     start, end = frame(tokenizer)
     values['data'].update(tokenizer=str(tokenizer), bos=bool(start), eos=bool(end))
   config = ConfigDict(values).lock()
-  if found := base.faults(config):
+  if found := settings.faults(config):
     raise JaxlmError(f'{file or path / "config.json"}: {found[0]}')
   model = freeze(values['model'] | dict(scan=False), vocab_size=overrides['vocab_size'],
                  visibility=VISIBILITY[structure], compute_dtype=values['precision']['compute'],

@@ -9,7 +9,7 @@ from typing import Any, Mapping
 import jax
 
 from jaxlm import config as config_module
-from jaxlm import adopt, hf, objectives, reading, sharding, transfer, trees
+from jaxlm import adopt, hf, objectives, reading, settings, sharding, transfer, trees
 from jaxlm.checkpoint import Checkpoints
 from jaxlm.data import tokenizers
 from jaxlm.errors import JaxlmError
@@ -61,7 +61,7 @@ def _layout(config: Any, mesh: Any) -> Layout:
 def _load_run(path: str, mesh: Any, dtype: str | None, base: LM | None, step: int) -> LM:
   run = RunDirectory(path)
   config = run.config
-  if faults := config_module.faults(config):
+  if faults := settings.faults(config):
     raise JaxlmError('\n'.join(f'{path}/config.json: {fault}' for fault in faults))
   tokenizer = tokenizers.load(os.path.join(path, 'tokenizer'))
   objective = objectives.make(config, tokenizer.vocab)

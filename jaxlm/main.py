@@ -7,7 +7,7 @@ Exit codes: 0 done, 1 the run failed, 2 something to mend (one line each on stde
 """
 import os
 
-from jaxlm import cluster, programs
+from jaxlm import cluster, programs, settings
 from jaxlm import config as config_module
 
 flags = programs.Flags()
@@ -27,7 +27,7 @@ def main(argv: list[str]) -> None:
   """Runs the config of --config."""
   del argv
   config = programs.config()
-  if PRINT_CONFIG.value and not config_module.faults(config):
+  if PRINT_CONFIG.value and not settings.faults(config):
     print(config_module.dumps(config))
     for key, (value, default) in config_module.differences(config, config_module.default()).items():
       print(f'config.{key} = {value!r}  # default {default!r}')

@@ -5,17 +5,17 @@ import sys
 
 import pytest
 
-from jaxlm import check
+from jaxlm import check, settings
 from jaxlm import config as base
-from jaxlm.config import KEYS
 from jaxlm.errors import JaxlmError
+from jaxlm.schema import KEYS
 
 
 def faults(**changes: str) -> list[str]:
   """The faults of the smoke config with keys set as a command line would; '__' is a dot."""
   config = base.smoke(base.default())
   for path, text in changes.items():
-    base.override(config, path.replace('__', '.'), text)
+    settings.override(config, path.replace('__', '.'), text)
   return check.faults(config)
 
 

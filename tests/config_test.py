@@ -5,8 +5,9 @@ from ml_collections import ConfigDict
 import pytest
 
 from jaxlm import config as base
-from jaxlm.config import GROUPS, KEYS
+from jaxlm import settings
 from jaxlm.errors import JaxlmError
+from jaxlm.schema import GROUPS, KEYS
 
 # Values of every type that some key refuses. A probe of a key's own type tests its range, the others its type.
 PROBES = {
@@ -56,17 +57,17 @@ def wrong_types(path: str):
 
 def out_of_range(path: str):
   kind = type(KEYS[path].value)
-  return [v for v in PROBES[kind] if not base._fits(KEYS[path], v)]
+  return [v for v in PROBES[kind] if not settings._fits(KEYS[path], v)]
 
 
 def test_the_default_has_no_fault():
-  assert base.faults(base.default()) == []
-  assert base.faults(ConfigDict(plain())) == []
+  assert settings.faults(base.default()) == []
+  assert settings.faults(ConfigDict(plain())) == []
 
 
 @pytest.mark.parametrize('path', KEYS)
 def test_a_missing_key_is_one_line_that_names_it_and_its_default(path):
-  line, = base.faults(removed(path))
+  line, = settings.faults(removed(path))
   assert line == (f'config.{path} is missing; set it, for instance to its default {KEYS[path].value!r}, or start from '
                   'jaxlm.config.default().')
 
@@ -76,7 +77,7 @@ def test_a_value_of_another_type_is_one_line_with_what_was_wanted_and_what_came(
   values = wrong_types(path)
   assert len(values) >= 4
   for value in values:
-    line, = base.faults(replaced(path, value))
+    line, = settings.faults(replaced(path, value))
     assert line.startswith(f'config.{path} must be ') and '; got ' in line and '\n' not in line
     assert repr(value) in line or isinstance(value, dict)
 
@@ -86,8 +87,8 @@ def test_a_value_out_of_range_is_one_line_with_the_range_and_the_value(path):
   values = out_of_range(path)
   assert bool(values) == (path not in FREE), 'a key without a range is listed, one with a range has a probe it refuses'
   for value in values:
-    line, = base.faults(replaced(path, value))
-    kind = base.KINDS[type(KEYS[path].value)]
+    line, = settings.faults(replaced(path, value))
+    kind = settings.KINDS[type(KEYS[path].value)]
     assert line.startswith(f'config.{path} must be {kind}') or KEYS[path].check.wanted in line
     assert KEYS[path].check.wanted in line
     assert line.endswith(f'; got {value!r} ({type(value).__name__}).') and '\n' not in line
@@ -96,13 +97,13 @@ def test_a_value_out_of_range_is_one_line_with_the_range_and_the_value(path):
 @pytest.mark.parametrize('path', [p for p in KEYS if isinstance(KEYS[p].value, float)])
 def test_no_number_may_be_nan_or_infinite(path):
   for value in (math.nan, math.inf, -math.inf):
-    assert len(base.faults(replaced(path, value))) == 1
+    assert len(settings.faults(replaced(path, value))) == 1
 
 
 @pytest.mark.parametrize('path', GROUPS)
 def test_a_missing_group_and_one_that_is_no_group_are_one_line(path):
-  assert base.faults(removed(path)) == [f'config.{path} is missing; start from jaxlm.config.default().']
-  assert base.faults(replaced(path, 3)) == [f'config.{path} must be a group of keys; got 3 (int).']
+  assert settings.faults(removed(path)) == [f'config.{path} is missing; start from jaxlm.config.default().']
+  assert settings.faults(replaced(path, 3)) == [f'config.{path} must be a group of keys; got 3 (int).']
 
 
 def test_all_faults_are_told_at_once():
@@ -110,12 +111,12 @@ def test_all_faults_are_told_at_once():
   config.steps = 0
   config.model.wdth = 3
   del config['seed']
-  assert [line.split()[0] for line in base.faults(config)] == ['config.seed', 'config.steps', 'config.optim.lr',
+  assert [line.split()[0] for line in settings.faults(config)] == ['config.seed', 'config.steps', 'config.optim.lr',
                                                               'config.model.wdth']
 
 
 def test_what_is_no_config_is_told():
-  assert base.faults({'steps': 3}) == ["A config must be a ConfigDict, as jaxlm.config.default() makes one; got "
+  assert settings.faults({'steps': 3}) == ["A config must be a ConfigDict, as jaxlm.config.default() makes one; got "
                                        "{'steps': 3} (dict)."]
 
 
@@ -130,11 +131,11 @@ def test_what_is_no_config_is_told():
     ('precision.x', 'config.precision.x is unknown. Known there: compute, params, products.'),
 ])
 def test_an_unknown_key_is_told_with_the_nearest_right_one(path, told):
-  assert base.faults(replaced(path, 3)) == [told]
+  assert settings.faults(replaced(path, 3)) == [told]
 
 
 def test_a_long_value_is_cut_to_one_line():
-  line, = base.faults(replaced('steps', '\n'.join('x' * 100 for _ in range(100))))
+  line, = settings.faults(replaced('steps', '\n'.join('x' * 100 for _ in range(100))))
   assert len(line) < 220 and '\n' not in line
 
 
@@ -155,10 +156,10 @@ def test_derived_keys_follow_their_sources():
 @pytest.mark.parametrize('path', DERIVED)
 def test_setting_a_derived_key_leaves_its_sources_alone(path):
   config = base.default()
-  before = {source: base._value(config, source) for source in DERIVED[path]}
-  base.override(config, path, '0.5' if isinstance(KEYS[path].value, float) else '5')
-  assert {source: base._value(config, source) for source in DERIVED[path]} == before
-  assert base._value(config, path) in (5, 0.5)
+  before = {source: settings._value(config, source) for source in DERIVED[path]}
+  settings.override(config, path, '0.5' if isinstance(KEYS[path].value, float) else '5')
+  assert {source: settings._value(config, source) for source in DERIVED[path]} == before
+  assert settings._value(config, path) in (5, 0.5)
 
 
 @pytest.mark.parametrize('source', sorted({s for sources in DERIVED.values() for s in sources}))
@@ -170,17 +171,17 @@ def test_a_bad_source_is_told_once_and_not_again_for_what_follows_it(source):
     for folder in folders:
       node = node[folder]
     node.get_ref(last).set(value, type_safe=False)
-    line, = base.faults(config)
+    line, = settings.faults(config)
     assert line.startswith(f'config.{source} must be ')
 
 
 def test_a_reference_that_cannot_be_computed_does_not_crash():
   config = base.default()
   config.model.attention.num_heads = 0
-  assert base.faults(config) == ['config.model.attention.num_heads must be an integer, at least 1; got 0 (int).']
+  assert settings.faults(config) == ['config.model.attention.num_heads must be an integer, at least 1; got 0 (int).']
   config = base.default()
   config.model.attention.get_ref('head_dim').set(config.get_ref('steps') // (config.get_ref('seed') * 1))
-  assert base.faults(config) == [
+  assert settings.faults(config) == [
       'config.model.attention.head_dim follows other keys and cannot be computed from them (integer division or modulo '
       'by zero); set it.']
 
@@ -198,9 +199,9 @@ def test_a_reference_that_cannot_be_computed_does_not_crash():
 ])
 def test_an_override_reads_what_the_key_holds(path, text, value):
   config = base.default()
-  base.override(config, path, text)
-  assert base._value(config, path) == value and type(base._value(config, path)) is type(value)
-  assert base.faults(config) == []
+  settings.override(config, path, text)
+  assert settings._value(config, path) == value and type(settings._value(config, path)) is type(value)
+  assert settings.faults(config) == []
 
 
 @pytest.mark.parametrize('path, text, told', [
@@ -217,16 +218,16 @@ def test_an_override_reads_what_the_key_holds(path, text, value):
 ])
 def test_an_override_that_cannot_be_read_is_told(path, text, told):
   with pytest.raises(JaxlmError) as e:
-    base.override(base.default(), path, text)
+    settings.override(base.default(), path, text)
   assert str(e.value) == told
 
 
 @pytest.mark.parametrize('path', KEYS)
 def test_every_default_can_be_written_on_a_command_line(path):
   config = base.default()
-  value = base._value(config, path)
-  base.override(config, path, str(value))
-  assert base._value(config, path) == value
+  value = settings._value(config, path)
+  settings.override(config, path, str(value))
+  assert settings._value(config, path) == value
 
 
 # ---- arguments of experiments, smoke, JSON -----------------------------------------------------------------------
@@ -253,7 +254,7 @@ def test_a_wrong_argument_is_told(arg, told):
 
 def test_smoke_shrinks_and_stays_valid():
   config = base.smoke(base.default())
-  assert base.faults(config) == []
+  assert settings.faults(config) == []
   assert (config.steps, config.model.num_layers, config.model.attention.num_heads, config.model.width) == (4, 4, 8, 64)
 
 
@@ -261,7 +262,7 @@ def test_a_config_returns_from_json_unchanged():
   config = base.default()
   config.batch_ramp = ((10, 8),)
   again = base.loads(base.dumps(config))
-  assert base.differences(again, config) == {} and base.faults(again) == []
+  assert base.differences(again, config) == {} and settings.faults(again) == []
   again.steps = 5
   assert base.differences(again, config) == {'steps': (5, 1000)}
 

@@ -13,7 +13,7 @@ import tokenizers as backend
 
 import jaxlm
 from jaxlm import config as base
-from jaxlm import adapters, convert, forms, hf, programs, rundir, sharding, targets, transfer, trees, weights
+from jaxlm import adapters, convert, forms, hf, programs, rundir, settings, sharding, targets, transfer, trees, weights
 from jaxlm.checkpoint import Checkpoints
 from jaxlm.data import tokenizers
 from jaxlm.families import gpt2, llama
@@ -81,7 +81,7 @@ def test_the_run_is_one_that_everything_reads(tmp_path):
   a, there = make(tmp_path / 'a'), tmp_path / 'run'
   assert run(f'--from={a}', f'--to={there}') == 0
   config, record = rundir.RunDirectory(str(there)).config, read(there / 'run.json')
-  assert base.faults(config) == [] and record['format'] == 1
+  assert settings.faults(config) == [] and record['format'] == 1
   assert record['tokenizer_digest'] == tokenizers.load(there / 'tokenizer').digest
   assert config.data.tokenizer == str(there / 'tokenizer') and config.model.scan
   folder, ids = hf.load_folder(a), np.arange(20)[None]

@@ -10,7 +10,7 @@ import pytest
 import safetensors.numpy
 
 from jaxlm import config as base
-from jaxlm import hf, sharding, transfer, trees, weights
+from jaxlm import hf, settings, sharding, transfer, trees, weights
 from jaxlm.data import tokenizers
 from jaxlm.errors import JaxlmError
 from jaxlm.families import gpt2, llama
@@ -226,7 +226,7 @@ def test_the_config_of_a_folder_is_valid_and_says_what_the_model_is(tmp_path):
   make(tmp_path / 'a', LLAMA | dict(rope_scaling=dict(rope_type='llama3', factor=8.0, low_freq_factor=1.0,
                                                       high_freq_factor=4.0, original_max_position_embeddings=16)))
   ours = hf.load_folder(tmp_path / 'a')
-  assert base.faults(ours.config) == [] and base.loads(base.dumps(ours.config)).model.family == 'llama'
+  assert settings.faults(ours.config) == [] and base.loads(base.dumps(ours.config)).model.family == 'llama'
   rope = ours.config.model.positions.rope
   assert (rope.original_length, ours.config.model.max_length, rope.factor) == (16, 64, 8.0)
   assert ours.model.attention.num_kv_heads == 2 and ours.tokenizer is None

@@ -11,17 +11,17 @@ ROOT = pathlib.Path(__file__).parents[1]
 
 # A module imports only what stands above it. Families stand among themselves as their imports ask, in no circle.
 ORDER = """
-errors types lastwords folders cluster lookup hardware hlo liveness ranges schema config trees sums sharding
+errors types lastwords folders cluster lookup hardware hlo liveness ranges schema settings config trees sums sharding
 rows answers masking spans orders middles pairs prompts fits objectives
 data.words data.pieces data.tokenizers data.templates data.chat data.files data.tables data.tokenfiles data.lisp data.wordkinds
-data.sources data.stdlib_tasks
+data.sources data.library data.stdlib_tasks
 data.shards data.mixtures data.records data.expressions data.tasks data.store data.suffixes data.exports data.plans
 data.encoders data.examples data.pipeline
 measure.metric measure.labels measure.numbers measure.texts measure.candidates measure.scores measure.intervals
 measure.cell measure.sandbox measure.origins measure.verdicts measure.baselines
 models.config models.float8 models.quantised models.products models.peft models.layers models.virtual models.positions
 models.kernels models.blocks models.cudnn models.ring models.attention models.stages models.recurrent models.moe
-models.stack models.transformer models.cost
+models.stack models.tower models.transformer models.cost
 families.keys families.bijections families.* families.table
 losses preferences policies task_losses optim metrics seal checkpoint rundir sampling weights gguf transfer targets
 adapters hf reading beams speculation decode passes wording lm adopt loading harness heads nearness evaluators journal

@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 from typing import Any, Callable, Iterator, Mapping
 
-from jaxlm.data import sources, stdlib_tasks, tables
+from jaxlm.data import library, sources, stdlib_tasks, tables
 from jaxlm.data.files import decoded, lines, matching
 from jaxlm.errors import JaxlmError
 from jaxlm.lookup import lookup
@@ -107,7 +107,7 @@ def _preferences(split: str) -> Iterator[tuple[str, Record]]:
 
 def _texts(split: str) -> Iterator[tuple[str, Record]]:
   """Whole modules."""
-  return ((module.path, dict(text='\n'.join(module.lines))) for module in stdlib_tasks.library()
+  return ((module.path, dict(text='\n'.join(module.lines))) for module in library.modules()
           if sources.split_of(module.path) == split)
 
 

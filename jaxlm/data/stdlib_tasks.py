@@ -8,15 +8,13 @@ import collections
 import doctest
 import functools
 import inspect
-import io
 import itertools
 import re
 import textwrap
 import warnings
-from pathlib import Path
-from typing import Iterable, Iterator, NamedTuple
+from typing import Iterable, Iterator
 
-from jaxlm.data import lisp, sources, wordkinds
+from jaxlm.data import library, lisp, sources, wordkinds
 from jaxlm.lookup import lookup
 
 MIN_WORDS = 4                            # of a docstring; a shorter one says nothing
@@ -30,148 +28,6 @@ LINE = range(8, 73)                      # of a line that is a function's body
 FORMS = 3                                # in its translation, at least
 COMMENT = re.compile(r'\s*#+(.*)\n')  # a line that is one
 MIN_SPAN_WORDS, MAX_SPAN_WORDS, MAX_WORD = 16, 64, 40
-
-
-# ---- the library -------------------------------------------------------------------------------------------------
-
-
-class Function(NamedTuple):
-  """A function or method, not one inside another function; texts are dedented to its `def`.
-
-  Attributes:
-    id: path:line of its `def`.
-    head: decorators and signature; all of the code if there is no docstring on lines of its own.
-    doc_lines: the docstring as it stands, between `head` and `body`.
-    doc: its value, '' if there is none.
-    indent: columns that were taken off.
-    first: its first line in the file, from 1, decorators included.
-    body_lines: first and last line of `body` in the file, from 1.
-    defaults: (parameter, text, where in `code` it starts), those on one line.
-  """
-  id: str
-  name: str
-  qualname: str
-  head: str
-  doc_lines: str
-  doc: str
-  body: str
-  indent: int
-  first: int
-  body_lines: tuple[int, int]
-  defaults: tuple[tuple[str, str, int], ...]
-
-  @property
-  def code(self) -> str:
-    return self.head + self.body
-
-
-class Module(NamedTuple):
-  """A file of the library, its functions, and which of its lines (from 1) import."""
-  path: str
-  lines: tuple[str, ...]
-  functions: tuple[Function, ...]
-  imports: frozenset[int]
-
-  @property
-  def name(self) -> str:
-    """As it is imported; '' if it cannot be."""
-    parts = self.path.removesuffix('.py').removesuffix('/__init__').split('/')
-    return '.'.join(parts) if all(part.isidentifier() for part in parts) else ''
-
-
-def _dedented(lines: list[str], indent: int) -> str:
-  """Lines without so many spaces; a string's own line may have fewer, and loses those."""
-  return ''.join(line[min(indent, len(line) - len(line.lstrip(' '))):] for line in lines)
-
-
-def _column(line: str, utf8: int) -> int:
-  return len(line.encode()[:utf8].decode())
-
-
-def _defaults(node, lines: list[str], first: int, indent: int) -> Iterator[tuple[str, str, int]]:
-  arguments = node.args
-  plain = [*arguments.posonlyargs, *arguments.args]
-  pairs = [*zip(plain[len(plain) - len(arguments.defaults):], arguments.defaults),
-           *zip(arguments.kwonlyargs, arguments.kw_defaults)]
-  for argument, value in pairs:
-    if value is not None and value.lineno == value.end_lineno:
-      line = lines[value.lineno - 1]
-      start, end = _column(line, value.col_offset), _column(line, value.end_col_offset)
-      before = _dedented(lines[first - 1:value.lineno - 1], indent)
-      cut = len(line) - len(_dedented([line], indent))
-      yield argument.arg, line[start:end], len(before) + start - cut
-
-
-def _function(node, path: str, scope: str, lines: list[str]) -> Function:
-  first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
-  last, indent = node.end_lineno, node.col_offset
-  doc, body_from = ast.get_docstring(node, clean=False) or '', last + 1
-  statement = node.body[0]
-  alone = (not lines[statement.lineno - 1][:statement.col_offset].strip()
-           and not lines[statement.end_lineno - 1].encode()[statement.end_col_offset:].strip())
-  if doc and alone and len(node.body) > 1:
-    doc_from, body_from = statement.lineno, statement.end_lineno + 1
-  else:
-    doc, doc_from = '', last + 1
-  part = lambda start, end: _dedented(lines[start - 1:end - 1], indent)
-  return Function(f'{path}:{node.lineno}', node.name, scope + node.name, part(first, doc_from),
-                  part(doc_from, body_from), doc, part(body_from, last + 1), indent, first, (body_from, last),
-                  tuple(_defaults(node, lines, first, indent)))
-
-
-def _statements(node, scope: str | None = '') -> Iterator[tuple[ast.AST, str | None]]:
-  """(statement, the prefix of qualified names there; None inside a function), in order of the text."""
-  for field in ('body', 'handlers', 'cases', 'orelse', 'finalbody'):
-    for child in getattr(node, field, ()):
-      yield child, scope
-      inner = scope
-      if isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef)):
-        inner = None
-      elif isinstance(child, ast.ClassDef) and scope is not None:
-        inner = f'{scope}{child.name}.'
-      yield from _statements(child, inner)
-
-
-def parse(path: str, text: str) -> Module:
-  """A file's functions and imports.
-
-  Raises:
-    SyntaxError: it is no Python of this version.
-  """
-  with warnings.catch_warnings():
-    warnings.simplefilter('ignore')
-    tree = ast.parse(text)
-  lines = io.StringIO(text, newline=None).readlines()
-  functions, imports = [], set()
-  for node, scope in _statements(tree):
-    if isinstance(node, (ast.Import, ast.ImportFrom)):
-      imports.update(range(node.lineno, node.end_lineno + 1))
-    elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and scope is not None:
-      functions.append(_function(node, path, scope, lines))
-  return Module(path, tuple(lines), tuple(functions), frozenset(imports))
-
-
-@functools.cache
-def library() -> tuple[Module, ...]:
-  """Every file of the standard library that this Python can read; seconds, once a process."""
-  source = sources.stdlib(None, '')
-  modules = []
-  for name, path in zip(source.names, source.paths):
-    try:
-      modules.append(parse(name, Path(path).read_bytes().decode('utf-8').removeprefix('\ufeff')))
-    except (UnicodeDecodeError, SyntaxError):
-      continue
-  return tuple(modules)
-
-
-def _functions() -> Iterator[tuple[Module, Function]]:
-  """Functions whose code does not stand elsewhere in the library before them."""
-  seen = set()
-  for module in library():
-    for function in module.functions:
-      if function.code not in seen:
-        seen.add(function.code)
-        yield module, function
 
 
 # ---- splits ------------------------------------------------------------------------------------------------------
@@ -211,9 +67,9 @@ def _sentence(doc: str) -> str:
   return found[0] if found else paragraph
 
 
-def _described(describe) -> Iterator[tuple[Function, str]]:
+def _described(describe) -> Iterator[tuple[library.Function, str]]:
   """Functions and descriptions; none that is short, an example, a signature, or fits several functions."""
-  pairs = [(function, describe(function.doc)) for _, function in _functions() if function.doc]
+  pairs = [(function, describe(function.doc)) for _, function in library.functions() if function.doc]
   count = collections.Counter(text for _, text in pairs)
   for function, text in pairs:
     plain = not text.startswith(('>>>', f'{function.name}('))
@@ -235,7 +91,7 @@ def retrieve() -> Iterator[dict]:
 
 def default() -> Iterator[dict]:
   """Extractive questions on parameters' defaults: id, context, question, answer, start (characters)."""
-  for _, function in _functions():
+  for _, function in library.functions():
     if len(function.code) <= MAX_CONTEXT:
       for parameter, text, start in function.defaults:
         question = f'What is the default value of `{parameter}` in `{function.name}`?'
@@ -251,7 +107,7 @@ def body() -> Iterator[dict]:
   `doctests` is the docstring if it has examples that are statements and its module can be imported, else ''. Whether
   they can score a body is known when both `proofs` have run.
   """
-  for module, function in _functions():
+  for module, function in library.functions():
     if function.doc and len(_paragraph(function.doc).split()) >= MIN_WORDS:
       yield dict(id=function.id, prompt=function.head + function.doc_lines, body=function.body,
                  doctests=function.doc if module.name and _has_examples(function.doc) else '', entry=function.qualname,
@@ -263,7 +119,7 @@ def line() -> Iterator[dict]:
 
   `before` are the lines of the file ahead of it, as far as MAX_BEFORE characters hold them, dedented as it is.
   """
-  for module, function in _functions():
+  for module, function in library.functions():
     try:
       [node] = ast.parse(function.code).body
       [statement] = node.body
@@ -277,14 +133,14 @@ def line() -> Iterator[dict]:
       head = ''.join(before)
       prompt = function.head + function.doc_lines + head.removeprefix(function.head) if function.doc_lines else head
       yield dict(id=function.id, before=_before(module, function), prompt=prompt,
-                 line=own[0][:_column(own[0], statement.end_col_offset)])
+                 line=own[0][:library.column(own[0], statement.end_col_offset)])
 
 
-def _before(module: Module, function: Function) -> str:
+def _before(module: library.Module, function: library.Function) -> str:
   """Whole lines ahead of a function, the last ones, without the columns that its own text has lost."""
   found, room = [], MAX_BEFORE
   for text in reversed(module.lines[:function.first - 1]):
-    text = _dedented([text], function.indent)
+    text = library.dedented([text], function.indent)
     room -= len(text)
     if room < 0:
       break
@@ -349,14 +205,14 @@ def proofs(record: dict) -> tuple[str, str]:
 # ---- words and their kinds ---------------------------------------------------------------------------------------
 
 
-def token_kinds(modules: tuple[Module, ...] | None = None) -> Iterator[dict]:
+def token_kinds(modules: tuple[library.Module, ...] | None = None) -> Iterator[dict]:
   """A few lines of code as words -> what each is, in BIO: id, words, tags (of `wordkinds.TAGS`).
 
   Args:
     modules: those to read; the whole library by default.
   """
   seen = set()
-  for module in library() if modules is None else modules:
+  for module in library.modules() if modules is None else modules:
     start, pairs = 0, []
     for number, line in wordkinds.logical_lines(module.lines):
       if len(line) > MAX_SPAN_WORDS or any(len(word) > MAX_WORD for word, _ in line):
@@ -379,7 +235,7 @@ def token_kinds(modules: tuple[Module, ...] | None = None) -> Iterator[dict]:
 def translation() -> Iterator[dict]:
   """A statement on a line of its own -> the same in a Lisp (`lisp`): id, python, lisp."""
   seen = set()
-  for module in library():
+  for module in library.modules():
     for number, line in enumerate(module.lines, 1):
       text = line.strip()
       if len(text) not in STATEMENT or text in seen or text[0] in '#"\'@' or text.endswith((':', ',', '\\', '(', '[', '{')):
@@ -399,7 +255,7 @@ def translation() -> Iterator[dict]:
 # ---- chunks and their modules ------------------------------------------------------------------------------------
 
 
-def _runs(module: Module) -> Iterator[tuple[str, tuple[str, ...]]]:
+def _runs(module: library.Module) -> Iterator[tuple[str, tuple[str, ...]]]:
   """Its lines without blank ones and imports, CHUNK_LINES at a time: id, lines."""
   numbers = [n for n, line in enumerate(module.lines, 1) if line.strip() and n not in module.imports]
   for i in range(0, len(numbers) - CHUNK_LINES + 1, CHUNK_LINES):
@@ -410,7 +266,7 @@ def _text(lines: Iterable[str]) -> str:
   return textwrap.dedent(''.join(lines))
 
 
-def _chunks(module: Module, label: str) -> Iterator[dict]:
+def _chunks(module: library.Module, label: str) -> Iterator[dict]:
   """Runs of lines, none that says the label."""
   named = re.compile(rf'\b{re.escape(label)}\b', re.IGNORECASE)
   for place, lines in _runs(module):
@@ -421,7 +277,7 @@ def _chunks(module: Module, label: str) -> Iterator[dict]:
 def module() -> Iterator[dict]:
   """A chunk of code -> which of the largest modules or packages it is from, as many of each: id, text, label."""
   of_label = collections.defaultdict(list)
-  for file in library():
+  for file in library.modules():
     label = file.path.split('/')[0].removesuffix('.py')
     if label not in TABLES:
       of_label[label] += _chunks(file, label)
@@ -436,13 +292,13 @@ def neighbours() -> Iterator[dict]:
   """Some lines -> those after them: id, query, positive. Nothing is labelled: what texts of one place share is learned
   before any questions (Izacard et al. 2022, arXiv:2112.09118)."""
   half = CHUNK_LINES // 2
-  for file in library():
+  for file in library.modules():
     if file.path.split('/')[0] not in TABLES:
       for place, lines in _runs(file):
         yield dict(id=place, query=_text(lines[:half]), positive=_text(lines[half:]))
 
 
-def _commented(file: Module) -> Iterator[dict]:
+def _commented(file: library.Module) -> Iterator[dict]:
   """Comments on lines of their own, each with the lines under it, two at least, to an empty one or another comment."""
   parts = [(is_comment, [*part]) for is_comment, part in itertools.groupby(
       enumerate(file.lines, 1), lambda numbered: COMMENT.fullmatch(numbered[1]) is not None)]
@@ -456,7 +312,7 @@ def _commented(file: Module) -> Iterator[dict]:
 def comments() -> Iterator[dict]:
   """A comment -> the lines that it stands over: id, query, positive. None that is short or said twice. Nobody labelled
   these either, and they are more like questions than `neighbours` are."""
-  pairs = [pair for file in library() for pair in _commented(file)]
+  pairs = [pair for file in library.modules() for pair in _commented(file)]
   count = collections.Counter(pair['query'] for pair in pairs)
   yield from (pair for pair in pairs if count[pair['query']] == 1 and len(pair['query'].split()) >= MIN_WORDS)
 

@@ -11,7 +11,7 @@ import textwrap
 
 import pytest
 
-from jaxlm.data import stdlib_tasks, wordkinds
+from jaxlm.data import library, stdlib_tasks, wordkinds
 from jaxlm.errors import JaxlmError
 from jaxlm.measure import sandbox
 
@@ -50,18 +50,18 @@ if pi:
 @pytest.fixture(scope='module')
 def tasks():
   """The records of every task, the words' of a few files."""
-  some = [m for m in stdlib_tasks.library() if m.path in ('textwrap.py', 'json/decoder.py', 'dis.py')]
+  some = [m for m in library.modules() if m.path in ('textwrap.py', 'json/decoder.py', 'dis.py')]
   make = {**stdlib_tasks.RECORDS, 'token_kinds': lambda: stdlib_tasks.token_kinds(some)}
   return {name: [*records()] for name, records in make.items()}
 
 
 @pytest.fixture(scope='module')
 def lines():
-  return {module.path: module.lines for module in stdlib_tasks.library()}
+  return {module.path: module.lines for module in library.modules()}
 
 
 def test_functions_are_cut_where_they_should_be():
-  module = stdlib_tasks.parse('a/b.py', TEXT)
+  module = library.parse('a/b.py', TEXT)
   assert module.name == 'a.b' and module.imports == {2, 3, 4}
   first, second, short, third = module.functions
   assert [f.qualname for f in module.functions] == ['first', 'Outer.Inner.second', 'Outer.short', 'third']
@@ -79,7 +79,7 @@ def test_functions_are_cut_where_they_should_be():
 
 @pytest.mark.parametrize('path, name', [('a/__init__.py', 'a'), ('a.py', 'a'), ('config-3/x.py', '')])
 def test_a_module_has_the_name_it_is_imported_by(path, name):
-  assert stdlib_tasks.parse(path, '').name == name
+  assert library.parse(path, '').name == name
 
 
 @pytest.mark.parametrize('doc, sentence', [
@@ -137,7 +137,7 @@ def test_tags_are_what_the_code_says():
       async def f(self, a=1):  # two words
         return self.a.b(1.5, 'x y' 'z') is not rf"{a} b".c and a
       ''')
-  records = [*stdlib_tasks.token_kinds((stdlib_tasks.parse('a.py', text),))]
+  records = [*stdlib_tasks.token_kinds((library.parse('a.py', text),))]
   assert [r['id'] for r in records] == ['a.py:1', 'a.py:3']
   pairs = [pair for r in records for pair in zip(r['words'], r['tags'])]
   kinds = collections.Counter(tag for _, tag in pairs)

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from jaxlm import config as base
-from jaxlm import hf
+from jaxlm import hf, settings
 from jaxlm.families import gpt3, table
 from jaxlm.models.config import freeze
 
@@ -34,7 +34,7 @@ def experiment(name, arg):
 @pytest.mark.parametrize('name, size', SIZES)
 def test_every_experiment_is_valid_at_every_size_and_trains_the_model_of_that_size(name, size):
   config = experiment(name, f'size={size}')
-  assert base.faults(config) == []
+  assert settings.faults(config) == []
   # Not a family's: ELECTRA's generator, which its folders lack; the id of the mask, which is the tokenizer's (ESM-2).
   kept = lambda model: {path: value for path, value in hf.computed(model).items()
                         if not path.startswith('generator/') and path != 'embedding/zeroed'}
@@ -44,7 +44,7 @@ def test_every_experiment_is_valid_at_every_size_and_trains_the_model_of_that_si
 @pytest.mark.parametrize('name, size', SIZES)
 def test_every_experiment_has_a_smoke_form(name, size):
   config = experiment(name, f'size={size},smoke')
-  assert base.faults(config) == []
+  assert settings.faults(config) == []
   assert (config.model.width, config.model.num_layers, config.seq_len, config.batch_size) == (64, 4, 64, 16)
 
 

@@ -11,6 +11,7 @@ from jaxlm import trees
 from jaxlm.errors import JaxlmError
 from jaxlm.models import attention as attention_module
 from jaxlm.models import stack as stack_module
+from jaxlm.models import tower as tower_module
 from jaxlm.models import transformer as transformer_module
 from jaxlm.models.config import segments
 from jaxlm.models.positions import POSITIONS, alibi_slopes
@@ -282,7 +283,7 @@ def test_no_two_sites_layers_or_examples_share_a_dropout_key(model_of, params_of
     keys.extend(jax.vmap(lambda k: jax.random.key_data(jax.random.fold_in(k, site)))(keys_B).tolist())
     return x
 
-  for module in (transformer_module, stack_module, attention_module):
+  for module in (transformer_module, tower_module, stack_module, attention_module):
     monkeypatch.setattr(module, 'dropout', record)
   unrolled.apply({'params': layers}, {'tokens': jnp.zeros((3, 4), jnp.int32)}, rng=jax.random.key(0))
   assert len(keys) == 3 * (1 + 2 * 3)  # examples; embeddings, then attention, its branch and the MLP's in two layers
