@@ -31,7 +31,11 @@ _ALONE = ('params', 'ema')  # fields of the state that are items of their own, t
 _UNSEALED = ('_CHECKPOINT_METADATA', 'commit_success.txt')  # Orbax writes them when it commits; restoring needs neither
 
 CHUNK = 1 << 25  # bytes of an array that are read by themselves, so that all cores have some: 0.7 s a GB, not 1.5
+SLICE = 1 << 22  # bytes of a replicated array that are worth a program of each replica's own, that slices it
 GROUP = 1 << 29  # bytes that are read at once, or one leaf: Orbax holds all of them twice on the host
+
+_HANDLERS = ocp.type_handlers.create_type_handler_registry(
+    (jax.Array, ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=SLICE)))
 
 log = logging.getLogger(__name__)
 
@@ -225,7 +229,8 @@ class Checkpoints:
 
   def _open(self) -> ocp.CheckpointManager:
     # No compression: zstd makes float32 weights 8% smaller, saving 2.2 times and restoring 3 times as long (205 MB).
-    arrays = {item: ocp.PyTreeCheckpointHandler(use_compression=False) for item in (*_ALONE, 'rest')}
+    arrays = {item: ocp.PyTreeCheckpointHandler(use_compression=False, type_handler_registry=_HANDLERS)
+              for item in (*_ALONE, 'rest')}
     return ocp.CheckpointManager(
         self.folder, item_names=(*arrays, 'data'), item_handlers={**arrays, 'data': ocp.JsonCheckpointHandler()},
         options=ocp.CheckpointManagerOptions(

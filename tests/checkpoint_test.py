@@ -18,7 +18,7 @@ import optax
 import pytest
 
 from jaxlm import seal, trees
-from jaxlm.checkpoint import Checkpoints
+from jaxlm.checkpoint import SLICE, Checkpoints
 from jaxlm.errors import JaxlmError, RunFailed
 from jaxlm.rundir import lock
 from jaxlm.types import TrainState
@@ -118,6 +118,18 @@ def test_any_mesh_reads_any_checkpoint(tmp_path, shape):
   assert_same(back, state)
   assert_same(params, state.params)
   assert jax.tree.map(lambda x: x.sharding, back) == jax.tree.map(lambda x: x.sharding, target)
+
+
+@pytest.mark.skipif(jax.device_count() < 8, reason='needs 8 devices')
+def test_replicas_write_slices_of_a_large_array_and_one_of_them_a_small_one(tmp_path):
+  everywhere = NamedSharding(jax.make_mesh((8,), ('data',)), P())
+  state = {'large': jnp.arange(8 * SLICE // 4, dtype=jnp.int32), 'small': jnp.arange(64)}
+  state = jax.device_put(state, everywhere)
+  with Checkpoints(tmp_path) as checkpoints:
+    checkpoints.save(1, state, DATA)
+    step, got, _ = checkpoints.restore(abstract(state))
+  assert step == 1
+  assert_same(got, state)
 
 
 def test_parameters_can_be_read_alone_in_part_and_in_another_dtype(tmp_path):

@@ -1,6 +1,7 @@
 """Where documents come from: the standard library's code, text files, JSON Lines, proteins; and all other sources."""
 import functools
 import hashlib
+import os
 import sysconfig
 from pathlib import Path
 from typing import Iterator
@@ -38,6 +39,13 @@ def _source_file(path: str, offset: int) -> Iterator[tuple[str, int, int]]:
     return
 
 
+def _below(root: Path, left_out: set[str]) -> Iterator[Path]:
+  """Files of a folder and of those in it, without looking into some: site-packages may hold many thousands."""
+  for folder, folders, files in os.walk(root):
+    folders[:] = set(folders) - left_out
+    yield from (Path(folder, name) for name in files)
+
+
 def stdlib(data, paths: str) -> Source:
   """The running Python's standard library, a document a file, without its tests and what was installed beside it.
 
@@ -47,8 +55,8 @@ def stdlib(data, paths: str) -> Source:
   del data
   root = Path(sysconfig.get_paths()['stdlib'])
   left_out = {'test', 'tests', 'idle_test', 'site-packages', 'dist-packages', '__pycache__'}
-  names = sorted(str(p.relative_to(root).as_posix()) for p in root.rglob('*.py')
-                 if not left_out & set(p.relative_to(root).parts) and p.is_file()
+  names = sorted(p.relative_to(root).as_posix() for p in _below(root, left_out)
+                 if p.suffix == '.py' and p.is_file()
                  and not p.name.startswith('_sysconfigdata'))  # that one describes the machine Python was built on
   if paths:
     lookup(dict.fromkeys(SPLITS), paths, 'split of the standard library')
