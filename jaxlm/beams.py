@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlm import reading
-from jaxlm.models.stack import BlockCache
+from jaxlm.models.stack import Cache
 from jaxlm.models.transformer import Transformer
 from jaxlm.reading import NONE
 from jaxlm.sampling import Sampling, bucket, ends, penalised, sampling_numbers, specialised
@@ -26,7 +26,7 @@ class Beams:
     best_ids_BT: the best continuation that ended.
     best_B: its score.
   """
-  cache: list[BlockCache]
+  cache: Cache
   seen_RV: Array | None
   logits_RV: Array
   ids_BWT: Array

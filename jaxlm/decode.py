@@ -13,7 +13,7 @@ import numpy as np
 from jaxlm import beams, reading, speculation
 from jaxlm.errors import JaxlmError
 from jaxlm.models import virtual
-from jaxlm.models.stack import BlockCache
+from jaxlm.models.stack import Cache
 from jaxlm.models.transformer import Transformer
 from jaxlm.reading import NONE
 from jaxlm.sampling import Sampling, choose, ends, sampling_numbers, specialised
@@ -115,7 +115,7 @@ class Rows:
     done_B: rows that ended.
     inputs: the prompts, without what only reading them needs.
   """
-  cache: list[BlockCache]
+  cache: Cache
   seen_BV: Array | None
   newest_B: Array
   columns_B: Array

@@ -12,7 +12,7 @@ import numpy as np
 
 from jaxlm.errors import JaxlmError
 from jaxlm.models.config import ModelConfig
-from jaxlm.models.stack import BlockCache, init_cache, join, unstack
+from jaxlm.models.stack import Cache, init_cache, join, unstack
 from jaxlm.models.transformer import Transformer
 from jaxlm.sampling import Program, bucket, choose, ends
 from jaxlm.types import Array, Prompt, Tree
@@ -157,7 +157,7 @@ def logits_of(model: Transformer, params: Tree, program: Program, features_BTE: 
 
 
 def prefill(model: Transformer, params: Tree, program: Program, inputs: Inputs, length: int,
-            spare: int = 0) -> tuple[Array, list[BlockCache], Array | None]:
+            spare: int = 0) -> tuple[Array, Cache, Array | None]:
   """Reads the prompts: (logits of the first new token, cache, which ids were seen).
 
   Args:
@@ -197,7 +197,7 @@ def prefill(model: Transformer, params: Tree, program: Program, inputs: Inputs, 
 
 
 def begin(model: Transformer, params: Tree, program: Program, numbers: dict[str, Array], inputs: Inputs, length: int,
-          spare: int = 0) -> tuple[list[BlockCache], Array | None, Array, Array]:
+          spare: int = 0) -> tuple[Cache, Array | None, Array, Array]:
   """Prompts read, the first token chosen: (cache, which ids were seen, the token [B], which rows have ended)."""
   logits_BV, cache, seen_BV = prefill(model, params, program, inputs, length, spare)
   ids_B = choose(program, numbers, logits_BV, seen_BV, inputs.rows_B, inputs.lengths_B)
@@ -217,17 +217,17 @@ def _piece(config: ModelConfig, length: int) -> int:
   return length // pieces
 
 
-def extend(model: Transformer, params: Tree, program: Program, cache: list[BlockCache], inputs: Inputs, ids_BT: Array,
-           columns_BT: Array, real_BT: Array) -> tuple[Array, list[BlockCache]]:
+def extend(model: Transformer, params: Tree, program: Program, cache: Cache, inputs: Inputs, ids_BT: Array,
+           columns_BT: Array, real_BT: Array) -> tuple[Array, Cache]:
   """(logits [B, T, V] after each of these tokens; the cache with them in it, but for those that are not real)."""
   batch = batch_of(model.config, ids_BT, real_BT, inputs, columns_BT)
   out = model.apply({'params': params}, batch, cache, with_logits=False)
   return logits_of(model, params, program, out.features), out.cache
 
 
-def advance(model: Transformer, params: Tree, program: Program, cache: list[BlockCache], seen_BV: Array | None,
+def advance(model: Transformer, params: Tree, program: Program, cache: Cache, seen_BV: Array | None,
             inputs: Inputs, ids_B: Array, columns_B: Array,
-            real_B: Array) -> tuple[Array, list[BlockCache], Array | None]:
+            real_B: Array) -> tuple[Array, Cache, Array | None]:
   """Reads one token a row; rows that are not real write nothing."""
   logits_B1V, cache = extend(model, params, program, cache, inputs, ids_B[:, None], columns_B[:, None], real_B[:, None])
   return logits_B1V[:, 0], cache, seen(program, seen_BV, ids_B, real_B)

@@ -18,7 +18,7 @@ import numpy as np
 
 from jaxlm import reading
 from jaxlm.errors import JaxlmError
-from jaxlm.models.stack import BlockCache
+from jaxlm.models.stack import Cache
 from jaxlm.models.transformer import Transformer
 from jaxlm.reading import NONE
 from jaxlm.sampling import (Program, Sampling, ends, keys, likeliest, penalised, restricted, sampling_numbers,
@@ -83,8 +83,8 @@ class Rows:
     done_B: rows that ended.
     inputs: the prompts, without what only reading them needs.
   """
-  cache: list[BlockCache]
-  guesser: list[BlockCache] | Array
+  cache: Cache
+  guesser: Cache | Array
   seen_BV: Array | None
   newest_B: Array
   columns_B: Array
@@ -220,7 +220,7 @@ def _looked_up(longest: int, program: Program, numbers: dict[str, Array], state:
 
 
 def _drafted(draft: Transformer, params: Tree, program: Program, numbers: dict[str, Array], state: Rows,
-             columns_BX: Array, real_BX: Array) -> tuple[Array, Array | None, list[BlockCache]]:
+             columns_BX: Array, real_BX: Array) -> tuple[Array, Array | None, Cache]:
   """What a smaller model says. It reads its last guess, too: if all are right, its cache has what the model's has."""
   def one(carry, x):
     cache, seen_BV, ids_B = carry

@@ -40,29 +40,59 @@ class Tokens:
 
 
 @flax.struct.dataclass
+class Memory:
+  """What all layers with caches of as many slots share.
+
+  Attributes:
+    slot_BT: int32, where this call's tokens go; the number of slots: nowhere.
+    before: of the tokens in the slots before this call, [B, S] each; slots never written have segment 0, which nobody
+      sees.
+    after: the same with this call's.
+  """
+  slot_BT: Array
+  before: Tokens
+  after: Tokens
+
+
+def remember(before: Tokens, new: Tokens, column_BT: Array) -> Memory:
+  """Tokens written in their slots; padding, and what a ring would overwrite at once, is dropped.
+
+  Args:
+    before: of the tokens in the slots [B, S].
+    new: of those [B, T] that come, which stand at these columns of the text.
+  """
+  slots = before.order.shape[1]
+  last_B1 = jnp.where(new.segments > 0, column_BT, -1).max(axis=1, keepdims=True)
+  kept_BT = (new.segments > 0) & (column_BT > last_B1 - slots)
+  slot_BT = jnp.where(kept_BT, column_BT % slots, slots)
+  put = jax.vmap(lambda old, new, slot_T: old.at[slot_T].set(new, mode='drop'))
+  return Memory(slot_BT, before, jax.tree.map(lambda old, new: put(old, new, slot_BT), before, new))
+
+
+@flax.struct.dataclass
 class Context:
   """What all layers of one call share.
 
   Attributes:
     tokens: of all columns. The first `num_keys` are keys and queries, those after (XLNet's query stream) are queries
       alone; None: all are both.
-    slots: int32 [B, num_keys], where in a cache each key goes.
+    memory: by number of slots, of the layers whose caches have so many; None without caches.
     rotations: of queries and keys; None without rotary positions.
     local_rotations: of layers with a window, where they differ.
     bias: of scores, or None.
     keys_B: dropout keys, or None.
-    source: (hidden [B, S, D], its tokens, its `virtual` or None) that cross-attention reads; None without, or where a
-      cache holds it.
+    source: (hidden [B, S, D], its tokens, its `virtual` or None) that cross-attention reads, hidden None where a cache
+      holds keys and values; None without.
     virtual: int32 [B, num_keys], which virtual token of a prefix stands there, below 0 where none; None: no prefix.
     prefix: [P, X], what layers make the prefix of; None: they have it.
   """
   tokens: Tokens
-  slots: Array
+  memory: dict[int, Memory] | None = None
   rotations: Rotations | None = None
   local_rotations: Rotations | None = None
   bias: Bias | None = None
   keys_B: Array | None = None
-  source: tuple[Array, Tokens, Array | None] | None = None
+  source: tuple[Array | None, Tokens, Array | None] | None = None
   virtual: Array | None = None
   prefix: Array | None = None
   num_keys: int | None = flax.struct.field(pytree_node=False, default=None)
@@ -82,15 +112,18 @@ class Context:
 
 @flax.struct.dataclass
 class LayerCache:
-  """Keys and values seen so far, with what is known of their tokens.
+  """Keys and values seen so far; what is known of their tokens is shared by layers (`Memory`).
 
   A slot is a token's column in the text modulo the number of slots: a cache of at least the whole length keeps all, a
-  smaller one is a ring that keeps the last window. Slots never written have segment 0, which nobody sees. Latent
-  attention keeps its latents and the rotated key as `k`, and no values.
+  smaller one is a ring that keeps the last window. Latent attention keeps its latents and the rotated key as `k`, and
+  no values.
   """
-  k: Array        # [B, K, S, H]: kernels read a head's keys one after the other
-  v: Array        # [B, K, S, H]
-  tokens: Tokens  # [B, S] each
+  k: Array  # [B, K, S, H]: kernels read a head's keys one after the other
+  v: Array  # [B, K, S, H]
+
+  @property
+  def slots(self) -> int:
+    return self.k.shape[2]
 
 
 def init_cache(config: ModelConfig, batch: int, slots: int) -> LayerCache:
@@ -100,25 +133,24 @@ def init_cache(config: ModelConfig, batch: int, slots: int) -> LayerCache:
   k, v = zeros(attention.num_kv_heads, attention.head_dim), zeros(attention.num_kv_heads, attention.head_dim)
   if latent.kv_rank:
     k, v = zeros(1, latent.kv_rank + latent.rope_dim), zeros(1, 0)
-  return LayerCache(k, v, Tokens(*(jnp.zeros((batch, slots), jnp.int32) for _ in range(4))))
+  return LayerCache(k, v)
 
 
-def _write(layout: Layout, cache: LayerCache, k_BTKH: Array, v_BTKH: Array, tokens: Tokens,
-           slots_BT: Array) -> LayerCache:
-  """The cache with new tokens in their slots; padding, and what a ring would overwrite at once, is dropped."""
-  slots = cache.k.shape[2]
-  last_B1 = jnp.where(tokens.segments > 0, slots_BT, -1).max(axis=1, keepdims=True)
-  kept_BT = (tokens.segments > 0) & (slots_BT > last_B1 - slots)
-  slot_BT = jnp.where(kept_BT, slots_BT % slots, slots)
+def no_tokens(batch: int, slots: int) -> Tokens:
+  """Of slots that were never written."""
+  return Tokens(*(jnp.zeros((batch, slots), jnp.int32) for _ in range(4)))
+
+
+def _write(layout: Layout, cache: LayerCache, k_BTKH: Array, v_BTKH: Array, slot_BT: Array) -> LayerCache:
+  """The cache with new keys and values in their slots."""
   # A row at a time: where rows are spread over devices, each writes its own; and a head at a time where heads are.
   # Where they are not, XLA on a CPU writes in place only if the head is an index as the slot is: a quarter of a
   # token's time.
   put = lambda old, new, slot_T: old.at[slot_T].set(new.astype(old.dtype), mode='drop')
-  put_rows, heads = jax.vmap(put), jnp.arange(cache.k.shape[1])[:, None]
+  heads = jnp.arange(cache.k.shape[1])[:, None]
   put_heads = jax.vmap(jax.vmap(put, (0, 0, None)) if layout.parts('kv_heads') > 1 else
                        lambda old, new, slot_T: put(old, new, (heads, slot_T)))
-  return LayerCache(put_heads(cache.k, _turned(k_BTKH), slot_BT), put_heads(cache.v, _turned(v_BTKH), slot_BT),
-                    jax.tree.map(lambda old, new: put_rows(old, new, slot_BT), cache.tokens, tokens))
+  return LayerCache(put_heads(cache.k, _turned(k_BTKH), slot_BT), put_heads(cache.v, _turned(v_BTKH), slot_BT))
 
 
 def _turned(x: Array) -> Array:
@@ -126,16 +158,17 @@ def _turned(x: Array) -> Array:
   return jnp.swapaxes(x, 1, 2)
 
 
-def _extend(layout: Layout, cache: LayerCache, k_BTKH: Array, v_BTKH: Array, tokens: Tokens, slots_BT: Array,
+def _extend(layout: Layout, cache: LayerCache, k_BTKH: Array, v_BTKH: Array, context: Context,
             window: int) -> tuple[LayerCache, Array, Array, Tokens]:
   """(the new cache, then the keys, values and their tokens that this call's queries look at)."""
-  new = _write(layout, cache, k_BTKH, v_BTKH, tokens, slots_BT)
+  memory, T = context.memory[cache.slots], k_BTKH.shape[1]
+  new = _write(layout, cache, k_BTKH, v_BTKH, memory.slot_BT)
   # A ring may drop what an early query of this call still sees, so then old and new stand side by side.
-  if slots_BT.shape[1] == 1 or not window or slots_BT.shape[1] + window - 1 <= cache.k.shape[2]:
-    return new, _turned(new.k), _turned(new.v), new.tokens
+  if T == 1 or not window or T + window - 1 <= cache.slots:
+    return new, _turned(new.k), _turned(new.v), memory.after
   join = lambda old, fresh: jnp.concatenate([old, fresh.astype(old.dtype)], axis=1)
   return (new, join(_turned(cache.k), k_BTKH), join(_turned(cache.v), v_BTKH),
-          jax.tree.map(join, cache.tokens, tokens))
+          jax.tree.map(join, memory.before, context.seen))
 
 
 class Attention(nn.Module):
@@ -210,21 +243,21 @@ class Attention(nn.Module):
       q_BTNH, k_BSKH, v_BSKH = jnp.split(all_BTXH, (N, N + K), axis=2)
     else:
       q_BTNH = pin(project(x_BTD, N, 'heads', 'query'), 'act_heads')
-      if self.cross and context.source is None:
-        return norm(q_BTNH, 'heads', 'query_norm'), _turned(cache.k), _turned(cache.v), cache.tokens, cache
+      if self.cross and context.source[0] is None:
+        return norm(q_BTNH, 'heads', 'query_norm'), _turned(cache.k), _turned(cache.v), context.source[1], cache
       y_BSD, seen, numbers_BS = context.source if self.cross else (x_BTD[:, :context.num_keys], seen, context.virtual)
       k_BSKH, v_BSKH = (pin(project(y_BSD, K, 'kv_heads', name), 'kv_heads') for name in PARTS[1:])
     q_BTNH, k_BSKH = norm(q_BTNH, 'heads', 'query_norm'), norm(k_BSKH, 'kv_heads', 'key_norm')
     if self.cross:
       k_BSKH, v_BSKH = self._prefixed(k_BSKH, v_BSKH, numbers_BS, context)
-      return q_BTNH, k_BSKH, v_BSKH, seen, None if cache is None else LayerCache(_turned(k_BSKH), _turned(v_BSKH), seen)
+      return q_BTNH, k_BSKH, v_BSKH, seen, None if cache is None else LayerCache(_turned(k_BSKH), _turned(v_BSKH))
     if (rotations := context.rotations_of(window)) is not None:
       interleaved, of_keys = config.positions.rope.interleaved, slice(None, context.num_keys)
       q_BTNH = apply_rope(q_BTNH, rotations, interleaved)
       k_BSKH = apply_rope(k_BSKH, jax.tree.map(lambda x: x[:, of_keys], rotations), interleaved)
     k_BSKH, v_BSKH = self._prefixed(k_BSKH, v_BSKH, context.virtual, context)
     if cache is not None:
-      cache, k_BSKH, v_BSKH, seen = _extend(self.layout, cache, k_BSKH, v_BSKH, seen, context.slots, window or 0)
+      cache, k_BSKH, v_BSKH, seen = _extend(self.layout, cache, k_BSKH, v_BSKH, context, window or 0)
     return q_BTNH, k_BSKH, v_BSKH, seen, cache
 
   def _prefixed(self, k_BSKH: Array, v_BSKH: Array, numbers_BS: Array | None, context: Context) -> tuple[Array, Array]:
@@ -288,8 +321,7 @@ class Attention(nn.Module):
               None)
     q_BTNC = jnp.einsum('BTNH,CNH->BTNC', q_BTNH[..., :H], key_CNH)
     fresh_BS1X = jnp.concatenate([c_BSC[:, :, None], k_rope_BS1R], -1)
-    cache, k_BS1X, _, seen = _extend(self.layout, cache, fresh_BS1X, fresh_BS1X[..., :0], context.seen, context.slots,
-                                      window or 0)
+    cache, k_BS1X, _, seen = _extend(self.layout, cache, fresh_BS1X, fresh_BS1X[..., :0], context, window or 0)
     return (jnp.concatenate([q_BTNC, q_rope_BTNR], -1),
             lambda out_BTNC: jnp.einsum('BTNC,CNV->BTNV', out_BTNC, value_CNV), k_BS1X, k_BS1X[..., :C], seen, cache)
 

@@ -15,7 +15,7 @@ from jaxlm.errors import JaxlmError
 from jaxlm.lookup import lookup
 from jaxlm.models import attention as attention_module
 from jaxlm.models import peft, recurrent, stages, virtual
-from jaxlm.models.attention import Attention, Context, LayerCache
+from jaxlm.models.attention import Attention, Context, LayerCache, Tokens, no_tokens
 from jaxlm.models.config import LayerKind, ModelConfig, Segments, segments
 from jaxlm.models.kernels import NO_WINDOW
 from jaxlm.models.layers import Mlp, Norm, dropout, fold
@@ -55,14 +55,28 @@ class BlockCache:
   cross: LayerCache | None = None
 
 
+@flax.struct.dataclass
+class Cache:
+  """What a model keeps of the tokens it has seen.
+
+  Attributes:
+    layers: of each layer.
+    tokens: by number of slots, what is known of the tokens in all layers' caches of so many.
+    source: of the tokens whose keys and values are in `cross`; None without cross-attention.
+  """
+  layers: list[BlockCache]
+  tokens: dict[int, Tokens]
+  source: Tokens | None = None
+
+
 # How tokens of a layer meet: (the module, its empty cache for (config, batch, slots)).
 MIXERS = {'attention': (Attention, attention_module.init_cache)} | {
     name: (recurrent.Recurrent, recurrent.init_cache) for name in recurrent.CELLS}
 
 
 def init_cache(config: ModelConfig, batch: int, length: int, source_length: int = 0,
-               spare: int = 0) -> list[BlockCache]:
-  """An empty cache: a layer each, `length` slots, fewer where the layer's window is shorter.
+               spare: int = 0) -> Cache:
+  """An empty cache: in each layer `length` slots, fewer where the layer's window is shorter.
 
   Args:
     batch: rows.
@@ -71,10 +85,13 @@ def init_cache(config: ModelConfig, batch: int, length: int, source_length: int 
     spare: slots that a window's layer has more than the window.
   """
   _, empty = lookup(MIXERS, config.mixer, 'mixer')
-  cross = attention_module.init_cache(config, batch, source_length) if config.structure == 'encoder_decoder' else None
+  crosses = config.structure == 'encoder_decoder'
+  cross = lambda: attention_module.init_cache(config, batch, source_length) if crosses else None
   slots = lambda layer: min(length, config.window(layer) + spare if config.window(layer) else length)
-  return [BlockCache(empty(config, batch, slots(layer)), jax.tree.map(jnp.copy, cross))
-          for layer in range(config.num_layers)]
+  layers = [BlockCache(empty(config, batch, slots(layer)), cross()) for layer in range(config.num_layers)]
+  sizes = sorted({layer.mixer.slots for layer in layers if isinstance(layer.mixer, LayerCache)})
+  return Cache(layers, {size: no_tokens(batch, size) for size in sizes},
+               no_tokens(batch, source_length) if crosses else None)
 
 
 class Block(nn.Module):

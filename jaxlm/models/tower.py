@@ -9,13 +9,13 @@ import jax.numpy as jnp
 from jaxlm.errors import JaxlmError
 from jaxlm.lookup import lookup
 from jaxlm.models import virtual
-from jaxlm.models.attention import Context, Tokens
+from jaxlm.models.attention import Context, Tokens, remember
 from jaxlm.models.config import ModelConfig
 from jaxlm.models.kernels import NO_WINDOW, Bias
 from jaxlm.models.layers import ACTIVATIONS, Dense, Embedding, Norm, dropout, fold
 from jaxlm.models.positions import (POSITIONS, BucketBias, alibi_bias, alibi_slopes, rope_tables, rounded_alibi_bias,
                                     sinusoidal)
-from jaxlm.models.stack import Aux, BlockCache, Stack
+from jaxlm.models.stack import Aux, Cache, Stack
 from jaxlm.sharding import Layout
 from jaxlm.types import Array
 
@@ -114,9 +114,9 @@ class Tower(nn.Module):
       x_BTE = self.embed_norm(x_BTE)
     return dropout(x_BTE, config.dropout, fold(side.keys_B, EMBEDDING_LAYER), 0)
 
-  def run(self, x_BTE: Array, side: Side, cache: list[BlockCache] | None = None,
-          source: tuple[Array, Tokens, Array | None] | None = None
-          ) -> tuple[Array, Array, list[BlockCache] | None, Aux]:
+  def run(self, x_BTE: Array, side: Side, cache: Cache | None = None,
+          source: tuple[Array | None, Tokens, Array | None] | None = None
+          ) -> tuple[Array, Array, Cache | None, Aux]:
     """(the residual stream, the same after the final norm, the new cache, extra losses)."""
     config, embedding = self.config, self.config.embedding
     x_BTD = x_BTE
@@ -127,13 +127,20 @@ class Tower(nn.Module):
       num_keys = tokens.order.shape[1]
       tokens = jax.tree.map(lambda k, q: jnp.concatenate([k, q], axis=1), tokens, side.queries)
     x_BTD = self.layout.constrain(x_BTD, 'act_batch', 'act_stream', 'act_embed')
-    x_BTD, cache, aux = self.stack(x_BTD, self.context(tokens, side, source, num_keys), cache)
+    context = self.context(tokens, side, source, num_keys)
+    if cache is None:
+      x_BTD, _, aux = self.stack(x_BTD, context)
+    else:
+      memory = {slots: remember(before, side.tokens, side.slots_BT) for slots, before in cache.tokens.items()}
+      source = source or (None, cache.source, None)
+      x_BTD, layers, aux = self.stack(x_BTD, context.replace(memory=memory, source=source), cache.layers)
+      cache = Cache(layers, {slots: shared.after for slots, shared in memory.items()}, source[1])
     return x_BTD, self.final_norm(x_BTD) if config.residual.final_norm else x_BTD, cache, aux
 
-  def context(self, tokens: Tokens, side: Side, source: tuple[Array, Tokens, Array | None] | None = None,
+  def context(self, tokens: Tokens, side: Side, source: tuple[Array | None, Tokens, Array | None] | None = None,
               num_keys: int | None = None) -> Context:
-    """What the layers of one call share; arguments as `Context` has them."""
-    return Context(tokens, side.slots_BT, *self._rotations(tokens, side), self._bias(), side.keys_B, source,
+    """What the layers of one call share, without a cache; arguments as `Context` has them."""
+    return Context(tokens, None, *self._rotations(tokens, side), self._bias(), side.keys_B, source,
                    self._virtual(side), side.prefix, num_keys)
 
   def _virtual(self, side: Side) -> Array | None:

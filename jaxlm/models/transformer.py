@@ -9,7 +9,7 @@ from jaxlm.models import virtual
 from jaxlm.models.attention import Tokens
 from jaxlm.models.config import ModelConfig
 from jaxlm.models.layers import Dense, Embedding, dropout, example_keys, fold, softcap
-from jaxlm.models.stack import Aux, Block, BlockCache, add, init_cache
+from jaxlm.models.stack import Aux, Block, Cache, add, init_cache
 from jaxlm.models.tower import EMBEDDING_LAYER, Side, Tower, Transform
 from jaxlm.sums import by_pieces
 from jaxlm.types import Array, Output
@@ -55,7 +55,7 @@ class Transformer(Tower):
     if head.labels != 'none':
       self.labels = Dense(config, self.layout, (config.num_labels,), ('embed', None), bias=head.label_bias)
 
-  def __call__(self, batch: dict[str, Array], cache: list[BlockCache] | None = None, rng: Array | None = None,
+  def __call__(self, batch: dict[str, Array], cache: Cache | None = None, rng: Array | None = None,
                with_logits: bool = True) -> Output:
     """Runs the model.
 
@@ -126,7 +126,7 @@ class Transformer(Tower):
     _, hidden_BSD, _, aux = self.encoder.run(self.encoder.embedded(self._words(side.ids_BT), side), side)
     return hidden_BSD, side.tokens, aux
 
-  def _remember(self, batch: dict[str, Array]) -> list[BlockCache]:
+  def _remember(self, batch: dict[str, Array]) -> Cache:
     """A cache that holds the memory, without gradient, and has room for the row."""
     memory = {key.removeprefix('memory_'): value for key, value in batch.items() if key.startswith('memory_')}
     memory['order'] = jnp.zeros_like(memory['tokens'])  # all of it is context

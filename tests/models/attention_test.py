@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlm.models.attention import Tokens, _write
+from jaxlm.models.attention import Tokens, _write, remember
 from jaxlm.models.stack import init_cache, unstack
 
 # float32 sums in another order, logits of about 3; measured max 2.5e-6.
@@ -87,9 +87,15 @@ def test_prompts_padded_on_the_left_decode_the_same(model_of, params_of):
 
 def test_a_windowed_layer_caches_its_window_alone(model_of):
   config = model_of(attention=_attention(windows=(0, 4), num_kv_heads=2)).config
-  caches = init_cache(config, 3, 100)
-  sizes = [(c.mixer.k.size, c.mixer.tokens.order.shape) for c in caches]
-  assert sizes == [(3 * 100 * 2 * 8, (3, 100)), (3 * 4 * 2 * 8, (3, 4))]
+  cache = init_cache(config, 3, 100)
+  assert [layer.mixer.k.size for layer in cache.layers] == [3 * 100 * 2 * 8, 3 * 4 * 2 * 8]
+  assert {slots: tokens.order.shape for slots, tokens in cache.tokens.items()} == {4: (3, 4), 100: (3, 100)}
+
+
+def test_layers_with_as_many_slots_share_what_is_known_of_their_tokens(model_of):
+  config = model_of(num_layers=6, attention=_attention(windows=(0, 0, 4))).config
+  cache = init_cache(config, 3, 100)
+  assert len(jax.tree.leaves(cache.layers)) == 6 * 2 and len(jax.tree.leaves(cache.tokens)) == 2 * 4
 
 
 def test_a_scanned_stack_writes_the_same_cache(model_of, params_of):
@@ -107,13 +113,14 @@ def test_a_ring_keeps_the_last_tokens_and_drops_padding(model_of):
   slots, T = 3, 5
   attention = _attention(num_heads=1, num_kv_heads=1, head_dim=1, windows=(slots,))
   model = model_of(num_layers=1, attention=attention)
-  empty = init_cache(model.config, 2, T)[0].mixer
+  empty = init_cache(model.config, 2, T)
   positions = jnp.broadcast_to(jnp.arange(T), (2, T))
   segments = jnp.array([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0]])
   values = positions[..., None, None].astype(jnp.float32) + 10
   tokens = Tokens(positions + 1, segments, positions, 0 * positions)
-  cache = _write(model.layout, empty, values, -values, tokens, positions)
-  np.testing.assert_array_equal(cache.tokens.positions, [[3, 4, 2], [0, 1, 0]])
-  np.testing.assert_array_equal(cache.tokens.segments, [[1, 1, 1], [1, 1, 0]])
+  memory = remember(empty.tokens[slots], tokens, positions)
+  cache = _write(model.layout, empty.layers[0].mixer, values, -values, memory.slot_BT)
+  np.testing.assert_array_equal(memory.after.positions, [[3, 4, 2], [0, 1, 0]])
+  np.testing.assert_array_equal(memory.after.segments, [[1, 1, 1], [1, 1, 0]])
   np.testing.assert_array_equal(cache.k.reshape(2, slots), [[13, 14, 12], [10, 11, 0]])
   np.testing.assert_array_equal(cache.v, -cache.k)

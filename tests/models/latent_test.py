@@ -36,7 +36,7 @@ def _layer(model, seed=0):
   def context(x_BTD):
     at_BT = jnp.broadcast_to(jnp.arange(x_BTD.shape[1]), x_BTD.shape[:2])
     tokens = Tokens(at_BT + 1, jnp.ones_like(at_BT), at_BT, jnp.zeros_like(at_BT))
-    return Context(tokens, at_BT, (rope_tables(at_BT, config.positions.rope, dims),))
+    return Context(tokens, None, (rope_tables(at_BT, config.positions.rope, dims),))
 
   x_BTD = jnp.zeros((1, 3, config.width))
   shapes = nn.meta.unbox(jax.eval_shape(layer.init, jax.random.key(0), x_BTD, context(x_BTD), None, None, None))
@@ -116,7 +116,7 @@ def test_decoding_from_latents_equals_the_full_forward(latent, attention, model_
   want = jax.jit(model.apply)({'params': params}, {'tokens': jnp.asarray(tokens_BT)}).logits
   got, cache = _decoded(model, params, tokens_BT, np.array([8, 5, 1]), 8)
   np.testing.assert_allclose(got, want, atol=ATOL)
-  assert cache[1].mixer.k.shape[1::2] == (1, 14) and cache[1].mixer.v.size == 0  # a latent and one rotated key
+  assert cache.layers[1].mixer.k.shape[1::2] == (1, 14) and cache.layers[1].mixer.v.size == 0  # a latent and one rotated key
 
 
 def test_packed_documents_meet_their_own_latents_alone(model_of, params_of):

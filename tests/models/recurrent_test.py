@@ -34,7 +34,7 @@ def recurrent_of(model_of):
 
 def _context(segments_BT):
   zeros_BT = jnp.zeros_like(segments_BT)
-  return Context(Tokens(zeros_BT, segments_BT, zeros_BT, zeros_BT), zeros_BT)
+  return Context(Tokens(zeros_BT, segments_BT, zeros_BT, zeros_BT))
 
 
 def _layer(model, seed=0):
@@ -318,7 +318,7 @@ def test_a_half_precision_state_stays_float32(recurrent_of, params_of):
   params = params_of(model)
   tokens_BT = jax.random.randint(jax.random.key(0), (2, 6), 0, 29)
   output = jax.jit(model.apply)({'params': params}, {'tokens': tokens_BT}, model_cache(model.config, 2, 6))
-  assert {s.dtype for s in output.cache[0].mixer.states} == {jnp.dtype('float32')}
+  assert {s.dtype for s in output.cache.layers[0].mixer.states} == {jnp.dtype('float32')}
   assert output.hidden.dtype == jnp.bfloat16
   full = jax.jit(recurrent_of('lstm').apply)({'params': params}, {'tokens': tokens_BT})
   np.testing.assert_allclose(output.logits, full.logits, atol=0.1)  # bfloat16 has 8 bits; measured 0.03
