@@ -116,7 +116,8 @@ def test_decoding_from_latents_equals_the_full_forward(latent, attention, model_
   want = jax.jit(model.apply)({'params': params}, {'tokens': jnp.asarray(tokens_BT)}).logits
   got, cache = _decoded(model, params, tokens_BT, np.array([8, 5, 1]), 8)
   np.testing.assert_allclose(got, want, atol=ATOL)
-  assert cache.layers[1].mixer.k.shape[1::2] == (1, 14) and cache.layers[1].mixer.v.size == 0  # a latent and one rotated key
+  mixer = cache.layers[1].mixer
+  assert mixer.k.shape[1::2] == (1, 14) and mixer.v.size == 0  # a latent and one rotated key
 
 
 def test_packed_documents_meet_their_own_latents_alone(model_of, params_of):
