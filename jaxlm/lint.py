@@ -9,6 +9,7 @@ from jaxlm import sharding, trees
 from jaxlm.hlo import Instruction, Message, Program
 from jaxlm.models import stages
 from jaxlm.models.moe import SCOPE
+from jaxlm.task_losses import MEETING, without_reference
 from jaxlm.train import Parts
 
 SMALL = 1 / 64  # of a device's part of the residual stream: messages up to so many bytes are nobody's concern
@@ -35,10 +36,15 @@ def faults(program: Program, parts: Parts, config: Any) -> list[str]:
 # ---- weights -------------------------------------------------------------------------------------------------------
 
 
+def _weights(parts: Parts) -> dict[str, jax.ShapeDtypeStruct]:
+  """All parameters by path, frozen ones too."""
+  return trees.flatten(trees.combine(without_reference(parts.shapes.frozen), parts.shapes.state.params))
+
+
 def _storage(parts: Parts) -> set[str]:
   """Mesh axes that split rows, and weights too, to keep them."""
   rows = set(parts.shapes.layout.axes('act_batch'))
-  specs = [x.sharding.spec for x in trees.flatten(parts.shapes.state.params).values()]
+  specs = [x.sharding.spec for x in _weights(parts).values()]
   return {axis for spec in specs for axis in sharding.axes_of(spec)} & rows
 
 
@@ -46,7 +52,7 @@ def _gathers(messages: list[Message], parts: Parts) -> Iterator[str]:
   storage, shapes = _storage(parts), parts.shapes
   stages_, rounds, _ = stages.sizes(shapes.layout)
   largest, of = 0, ''
-  for path, x in trees.flatten(shapes.state.params).items():
+  for path, x in _weights(parts).items():
     kept = math.prod(x.sharding.shard_shape(x.shape)) * np.dtype(x.dtype).itemsize
     size = kept * math.prod(shapes.layout.mesh.shape[a] for a in sharding.axes_of(x.sharding.spec) if a in storage)
     if shapes.layers(path):
@@ -92,13 +98,14 @@ def _activations(program: Program, parts: Parts, config: Any) -> Iterator[str]:
         yield f'{_place(x)}: {_dims(dims)} has all {n} of {axis}, which {layout.parts(axis)} devices share.'
 
 
-UNMADE = ('parameter', 'get-tuple-element', 'tuple', 'bitcast')  # opcodes that write nothing
+# Opcodes that write nothing, and one whose dims are windows: what XLA makes of a sum on its way.
+PASSED = ('parameter', 'get-tuple-element', 'tuple', 'bitcast', 'reduce-window')
 
 
 def _arrays(program: Program) -> Iterator[Instruction]:
   """Arrays of floats that exist in memory."""
   for computation, x, _, _ in program.walk():
-    if SCOPE in x.source or computation in program.fused or x.opcode in UNMADE or len(x.shapes) != 1:
+    if SCOPE in x.source or computation in program.fused or x.opcode in PASSED or len(x.shapes) != 1:
       continue
     dtype, dims = x.shapes[0]
     if dtype in ('f32', 'bf16', 'f16') and len(dims) > 2:
@@ -123,9 +130,11 @@ def _messages(messages: list[Message], parts: Parts, config: Any) -> Iterator[st
   }
   rows_here = config.batch_size // config.accumulation // layout.batch_parts
   small = SMALL * rows_here * max(parts.lengths.values()) * parts.model.config.width * 4
-  weight = max(math.prod(x.sharding.shard_shape(x.shape)) * 4 for x in jax.tree.leaves(parts.shapes.state.params))
+  weight = max(math.prod(x.sharding.shard_shape(x.shape)) * 4 for x in _weights(parts).values())
   for message in messages:
     if message.bytes <= small or set(message.axes) <= expected[message.kind]:
+      continue
+    if MEETING in message.source and set(message.axes) <= rows:
       continue
     # Where devices are idle that share no weight, XLA lets them multiply a part of its gradient, and moves that;
     # outside of the stages, those along them are idle.

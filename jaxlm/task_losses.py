@@ -17,6 +17,8 @@ from jaxlm.types import Array, Output, Tree
 
 REFERENCE = 'reference'  # the folder of frozen parameters that holds the policy training began with
 
+MEETING = 'meeting'  # in names of a compiled program's instructions: where texts of the whole batch meet
+
 LossFn = Callable[[Tree, dict[str, Array], Array | None], tuple[Array, Sums]]
 
 
@@ -103,7 +105,8 @@ def contrast_loss(model: Transformer, config: Any, params: Tree, batch: dict[str
   total, correct_B = 0.0, None
   for dims in (*settings.dims, D):
     unit_BKD = _unit(texts_BKD[..., :dims])
-    score_BX = jnp.einsum('BD,CKD->BCK', unit_BKD[:, 0], unit_BKD[:, 1:]).reshape(B, -1) / settings.temperature
+    with jax.named_scope(MEETING):
+      score_BX = jnp.einsum('BD,CKD->BCK', unit_BKD[:, 0], unit_BKD[:, 1:]).reshape(B, -1) / settings.temperature
     score_BX = jnp.where(counts_BX, score_BX, -1e9)
     nll_B = optax.softmax_cross_entropy_with_integer_labels(score_BX, own_B)
     total += (nll_B * weights_B).sum() / (len(settings.dims) + 1)

@@ -9,13 +9,14 @@ from jaxlm.errors import JaxlmError
 
 MESH = dict(data=2, fsdp=2, tensor=2)
 # One of each kind of model in the ordinary suite, the others with the slow ones.
-ORDINARY = ('llama', 'bert', 't5', 'xlnet', 'mixtral', 'lstm')
+ORDINARY = ('llama', 'bert', 't5', 'xlnet', 'mixtral', 'lstm', 'lora', 'embed')
 
 
 def compiled(name, mesh=MESH, **changes):
   config = get_config(name, 'smoke')
   config.mesh.update({axis: mesh.get(axis, 1) for axis in config.mesh})
   config.update(seq_len=48, **changes)  # no dim of the model
+  config.objective.answer.target_length = min(config.objective.answer.target_length, 48)
   if config.model.attention.num_kv_heads % config.mesh.tensor:
     base.lay(config, kv_heads=None)
   check.validate(config)

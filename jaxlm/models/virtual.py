@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxlm.lookup import lookup
 from jaxlm.models.config import ModelConfig, PeftConfig
 from jaxlm.models.layers import ACTIVATIONS, Dense
+from jaxlm.models.products import product
 from jaxlm.sharding import Layout
 from jaxlm.types import Array
 
@@ -103,6 +104,26 @@ def _taken(table_PX: Array, numbers_BT: Array) -> Array:
   return jnp.take(table_PX, jnp.maximum(numbers_BT, 0), axis=0)
 
 
+class _KeyValue(nn.Module):
+  """[P, 2, K, H]: keys and values of hidden states [P, X]. Two products: dims before the heads cannot be one with them
+  where devices share heads, and the kernel would be gathered."""
+  config: ModelConfig
+  layout: Layout
+  heads: tuple[int, int]
+
+  @nn.compact
+  def __call__(self, hidden_PX: Array) -> Array:
+    axes, dtype = (None, 'kv_heads', 'head_dim'), jnp.dtype(self.config.param_dtype)
+    param = lambda name, init, axes, shape: self.param(name, nn.with_logical_partitioning(init, axes), shape, dtype)
+    kernel_X2KH = param('kernel', nn.initializers.normal(self.config.init.std), (axes[0], None, *axes[1:]),
+                        (hidden_PX.shape[1], 2, *self.heads))
+    bias_2KH = param('bias', nn.initializers.zeros, axes, (2, *self.heads))
+    x_PX = hidden_PX.astype(self.config.dtype)
+    both = [product(self.layout, axes, False, x_PX, kernel_X2KH[:, i], bias_2KH[i]).reshape(-1, *self.heads)
+            for i in range(2)]
+    return jnp.stack(both, axis=1)
+
+
 class Prefix(nn.Module):
   """Keys and values of virtual tokens, learned for this layer: a table; or of an encoder's hidden states, a product."""
   config: ModelConfig
@@ -117,8 +138,7 @@ class Prefix(nn.Module):
                                                                        (None, None, 'kv_heads', 'head_dim')),
                              (config.peft.tokens, 2, K, H), jnp.dtype(config.param_dtype)).astype(config.dtype)
     else:
-      both = Dense(config, self.layout, (2, K, H), (None, None, 'kv_heads', 'head_dim'), name='key_value')
-      both_P2KH = both(hidden_PX)
+      both_P2KH = _KeyValue(config, self.layout, (K, H), name='key_value')(hidden_PX)
     here = (numbers_BS >= 0)[..., None, None]
     set_ = lambda old, new: jnp.where(here, _taken(new, numbers_BS).astype(old.dtype), old)
     return set_(k_BSKH, both_P2KH[:, 0]), set_(v_BSKH, both_P2KH[:, 1])
