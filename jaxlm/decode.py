@@ -133,8 +133,11 @@ def _start(model, params, program, numbers, inputs, length) -> tuple[Rows, Array
 
 @functools.partial(jax.jit, static_argnames=('model', 'program'), donate_argnames=('state',))
 def _block(model, params, program, numbers, state, stopped_B, steps) -> tuple[Rows, Array]:
-  """Up to BLOCK more tokens, fewer where `steps` is less or all rows ended: (state, ids [B, BLOCK])."""
-  model, params = reading.single_token(model, params, len(stopped_B))
+  """Up to BLOCK more tokens, fewer where `steps` is less or all rows ended: (state, ids [B, BLOCK]).
+
+  Args:
+    model, params: as `reading.single_token` gives them.
+  """
   state = state.replace(done_B=state.done_B | stopped_B)
 
   def more(carry):
@@ -170,6 +173,7 @@ def _loop(model: Transformer, params: Tree, inputs: reading.Inputs, length: int,
   state, ids_BT = _start(model, params, program, numbers, inputs, length)
   num_rows, produced = int((inputs.lengths_B > 0).sum()), 1
   stopped_B = np.zeros(len(inputs.lengths_B), bool)
+  model, params = reading.single_token(model, params, len(stopped_B))
   yield np.asarray(ids_BT)[:num_rows]
   while produced < max_new_tokens:
     stopped_B[:num_rows] |= [stopped(row) for row in range(num_rows)]

@@ -250,7 +250,10 @@ def single_token(model: Transformer, params: Tree, rows: int) -> tuple[Transform
            and config.peft.method not in ('lora', 'ia3') and config.peft.base == 'same')
   joined = rows == 1 and plain and size < JOINED and model.layout.mesh.size == 1 and not config.share_layers
   config = dataclasses.replace(config, attention=dataclasses.replace(attention, kernel='dense'), joined=joined)
-  return Transformer(config, model.layout), join(params, config) if joined else params
+  return Transformer(config, model.layout), _join(params, config) if joined else params
+
+
+_join = jax.jit(join, static_argnames='config')
 
 
 def cache_length(model: Transformer, needed: int) -> int:
