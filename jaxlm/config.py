@@ -13,8 +13,8 @@ from ml_collections import ConfigDict
 from jaxlm.errors import JaxlmError
 from jaxlm.lookup import nearest
 from jaxlm.ranges import Key
-from jaxlm.schema import KEYS, SCHEMA, leaves
-from jaxlm.settings import as_plain
+from jaxlm.schema import SCHEMA
+from jaxlm.settings import KEYS, as_plain, leaves
 
 
 def default() -> ConfigDict:

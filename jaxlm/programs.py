@@ -15,7 +15,7 @@ from typing import Callable, Mapping
 from absl import flags
 from ml_collections import ConfigDict
 
-from jaxlm import cluster, folders, schema, settings
+from jaxlm import cluster, folders, settings
 from jaxlm.errors import JaxlmError, Preempted, RunFailed
 from jaxlm.lookup import nearest
 
@@ -109,7 +109,7 @@ def _line_of(error: Exception, file: str) -> str:
   lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if file_of(frame.filename) == file]
   where = f'{file}:{lines[-1]}' if lines else file
   if unknown := re.search(r'Key "(\w+)" does not exist and cannot be added', str(error)):
-    names = {path.rpartition('.')[2] for path in (*schema.KEYS, *schema.GROUPS)}
+    names = {path.rpartition('.')[2] for path in (*settings.KEYS, *settings.GROUPS)}
     return f'{where}: no key {unknown[1]!r} there.{nearest(unknown[1], sorted(names))}'
   told = next(iter(str(error).splitlines()), '')[:200].rstrip('.')
   return f'{where}: {type(error).__name__}{": " * bool(told)}{told}.'
@@ -255,7 +255,7 @@ def _split(argv: list[str]) -> tuple[list[str], list[tuple[str, str]]]:
       rest.append(arg)
     else:
       no, path, text = found.groups()
-      key = schema.KEYS.get(path)
+      key = settings.KEYS.get(path)
       is_flag = key is not None and isinstance(key.value, bool)
       if no and (text is not None or not is_flag):
         raise JaxlmError(f'Unknown flag {arg}; --noconfig.KEY switches a key off that is True or False.')

@@ -18,7 +18,7 @@ import jax
 from ml_collections import ConfigDict
 
 from jaxlm import config as config_module
-from jaxlm import schema, sharding
+from jaxlm import settings, sharding
 from jaxlm.checkpoint import first_told, reason
 from jaxlm.errors import JaxlmError
 from jaxlm.lookup import nearest
@@ -38,7 +38,7 @@ def group(key: str) -> str:
   return 'tokenizer' if key.startswith(('data.tokenizer', 'data.vocab_size')) else key.partition('.')[0]
 
 
-GROUPS = tuple(dict.fromkeys(group(key) for key in schema.KEYS))
+GROUPS = tuple(dict.fromkeys(group(key) for key in settings.KEYS))
 
 
 # Keys, and beginnings of keys, that came later: a run that does not have them means their defaults.
@@ -53,7 +53,7 @@ LATER = (
 
 def completed(values: dict[str, Any]) -> ConfigDict:
   """The config of a config.json, with what an earlier version did not know."""
-  keys = {path: key.value for path, key in schema.KEYS.items()} | {path: {} for path in schema.GROUPS}
+  keys = {path: key.value for path, key in settings.KEYS.items()} | {path: {} for path in settings.GROUPS}
   for path in (path for path in keys if any(path == later or path.startswith(f'{later}.') for later in LATER)):
     *groups, last = path.split('.')
     inside = values
@@ -62,13 +62,15 @@ def completed(values: dict[str, Any]) -> ConfigDict:
     inside.setdefault(last, copy.copy(keys[path]))
   rules = values.get('sharding', {}).get('rules', [])
   known = {axis for axis, _ in rules}
-  rules += [rule for rule in schema.KEYS['sharding.rules'].value if rule[0] not in known]
+  rules += [rule for rule in settings.KEYS['sharding.rules'].value if rule[0] not in known]
   return config_module.from_plain(values)
 
 
 def _found_again(config: ConfigDict, path: str) -> ConfigDict:
   """The config; its base, if told from a folder that is not the current one, is sought from those above the run."""
-  told = config.get('checkpoint', {}).get('init_from')  # what it lacks is told where it is used
+  if settings.faults(config):
+    return config  # its reader tells them
+  told = config.checkpoint.init_from
   if told and not os.path.isabs(told) and not os.path.isdir(told):
     config.checkpoint.init_from = next(
         (str(above / told) for above in pathlib.Path(path).parents if (above / told).is_dir()), told)

@@ -1,7 +1,5 @@
 """Every key of a config with its default, unit, reason and range: a line a key."""
-from typing import Any, Iterator, Mapping
-
-from ml_collections import ConfigDict
+from typing import Any
 
 from jaxlm.ranges import (Check, Key, above, at_least, between, choice, flag, fraction, integers, is_number,
                           is_scheduled, name, pairs, ref, rules, share, text, texts)
@@ -473,25 +471,3 @@ SCHEMA: dict[str, Any] = dict(
         by_context=Key(False, flag()),               # also the loss by how many tokens stand before the target
     ),
 )
-
-
-def leaves(tree: Mapping[str, Any], prefix: str = ''):
-  """Yields (dotted path, value) of each leaf; a tuple or Key is a leaf, an empty mapping has none."""
-  for key, value in tree.items():
-    path = f'{prefix}{key}'
-    if isinstance(value, (Mapping, ConfigDict)):
-      yield from leaves(value, path + '.')
-    else:
-      yield path, value
-
-
-def _groups(tree: Mapping[str, Any], prefix: str = '') -> Iterator[str]:
-  """Dotted paths of all inner mappings, empty ones too."""
-  for key, value in tree.items():
-    if isinstance(value, Mapping):
-      yield f'{prefix}{key}'
-      yield from _groups(value, f'{prefix}{key}.')
-
-
-KEYS: dict[str, Key] = dict(leaves(SCHEMA))
-GROUPS: tuple[str, ...] = tuple(_groups(SCHEMA))

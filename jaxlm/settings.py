@@ -1,14 +1,36 @@
-"""Settings of a config's keys: read as a command line writes them, and judged by type and range."""
+"""Keys of a config by their paths; their settings, read as a command line writes them, judged by type and range."""
 import ast
 import math
-from typing import Any, Iterator
+from typing import Any, Iterator, Mapping
 
 from ml_collections import ConfigDict
 
 from jaxlm.errors import JaxlmError
 from jaxlm.lookup import closest
 from jaxlm.ranges import Key
-from jaxlm.schema import GROUPS, KEYS
+from jaxlm.schema import SCHEMA
+
+
+def leaves(tree: Mapping[str, Any], prefix: str = ''):
+  """Yields (dotted path, value) of each leaf; a tuple or Key is a leaf, an empty mapping has none."""
+  for key, value in tree.items():
+    path = f'{prefix}{key}'
+    if isinstance(value, (Mapping, ConfigDict)):
+      yield from leaves(value, path + '.')
+    else:
+      yield path, value
+
+
+def _groups(tree: Mapping[str, Any], prefix: str = '') -> Iterator[str]:
+  """Dotted paths of all inner mappings, empty ones too."""
+  for key, value in tree.items():
+    if isinstance(value, Mapping):
+      yield f'{prefix}{key}'
+      yield from _groups(value, f'{prefix}{key}.')
+
+
+KEYS: dict[str, Key] = dict(leaves(SCHEMA))
+GROUPS: tuple[str, ...] = tuple(_groups(SCHEMA))
 
 KINDS = {bool: 'True or False', int: 'an integer', float: 'a number', str: 'text', tuple: 'a tuple'}
 BOOLS = {'true': True, 'false': False, '1': True, '0': False}

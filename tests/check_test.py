@@ -8,7 +8,7 @@ import pytest
 from jaxlm import check, settings
 from jaxlm import config as base
 from jaxlm.errors import JaxlmError
-from jaxlm.schema import KEYS
+from jaxlm.settings import KEYS
 
 
 def faults(**changes: str) -> list[str]:

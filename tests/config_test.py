@@ -7,7 +7,7 @@ import pytest
 from jaxlm import config as base
 from jaxlm import settings
 from jaxlm.errors import JaxlmError
-from jaxlm.schema import GROUPS, KEYS
+from jaxlm.settings import GROUPS, KEYS
 
 # Values of every type that some key refuses. A probe of a key's own type tests its range, the others its type.
 PROBES = {

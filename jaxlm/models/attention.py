@@ -65,8 +65,12 @@ def remember(before: Tokens, new: Tokens, column_BT: Array) -> Memory:
   last_B1 = jnp.where(new.segments > 0, column_BT, -1).max(axis=1, keepdims=True)
   kept_BT = (new.segments > 0) & (column_BT > last_B1 - slots)
   slot_BT = jnp.where(kept_BT, column_BT % slots, slots)
-  put = jax.vmap(lambda old, new, slot_T: old.at[slot_T].set(new, mode='drop'))
-  return Memory(slot_BT, before, jax.tree.map(lambda old, new: put(old, new, slot_BT), before, new))
+  return Memory(slot_BT, before, jax.tree.map(lambda old, new: jax.vmap(_put)(old, new, slot_BT), before, new))
+
+
+def _put(old: Array, new: Array, at: Any) -> Array:
+  """An array with new elements at these places of its first dims; nothing at places that it does not have."""
+  return old.at[at].set(new.astype(old.dtype), mode='drop')
 
 
 @flax.struct.dataclass
@@ -82,7 +86,7 @@ class Context:
     bias: of scores, or None.
     keys_B: dropout keys, or None.
     source: (hidden [B, S, D], its tokens, its `virtual` or None) that cross-attention reads, hidden None where a cache
-      holds keys and values; None without.
+      holds what is made of it, if anything is; None without both.
     virtual: int32 [B, num_keys], which virtual token of a prefix stands there, below 0 where none; None: no prefix.
     prefix: [P, X], what layers make the prefix of; None: they have it.
   """
@@ -146,10 +150,9 @@ def _write(layout: Layout, cache: LayerCache, k_BTKH: Array, v_BTKH: Array, slot
   # A row at a time: where rows are spread over devices, each writes its own; and a head at a time where heads are.
   # Where they are not, XLA on a CPU writes in place only if the head is an index as the slot is: a quarter of a
   # token's time.
-  put = lambda old, new, slot_T: old.at[slot_T].set(new.astype(old.dtype), mode='drop')
   heads = jnp.arange(cache.k.shape[1])[:, None]
-  put_heads = jax.vmap(jax.vmap(put, (0, 0, None)) if layout.parts('kv_heads') > 1 else
-                       lambda old, new, slot_T: put(old, new, (heads, slot_T)))
+  put_heads = jax.vmap(jax.vmap(_put, (0, 0, None)) if layout.parts('kv_heads') > 1 else
+                       lambda old, new, slot_T: _put(old, new, (heads, slot_T)))
   return LayerCache(put_heads(cache.k, _turned(k_BTKH), slot_BT), put_heads(cache.v, _turned(v_BTKH), slot_BT))
 
 

@@ -115,7 +115,7 @@ class _KeyValue(nn.Module):
   def __call__(self, hidden_PX: Array) -> Array:
     axes, dtype = (None, 'kv_heads', 'head_dim'), jnp.dtype(self.config.param_dtype)
     param = lambda name, init, axes, shape: self.param(name, nn.with_logical_partitioning(init, axes), shape, dtype)
-    kernel_X2KH = param('kernel', nn.initializers.normal(self.config.init.std), (axes[0], None, *axes[1:]),
+    kernel_X2KH = param('kernel', nn.initializers.normal(self.config.init.std), (None, None, 'kv_heads', 'head_dim'),
                         (hidden_PX.shape[1], 2, *self.heads))
     bias_2KH = param('bias', nn.initializers.zeros, axes, (2, *self.heads))
     x_PX = hidden_PX.astype(self.config.dtype)
