@@ -84,12 +84,12 @@ def _searched(model, params, program, numbers, inputs, steps, length_penalty, le
     row_R = (first_row_B1 + pick(beam_BC)).reshape(-1)
     cache, seen_RV = jax.tree.map(lambda x: x[row_R], (beams.cache, beams.seen_RV))
     logits_RV, cache, seen_RV = reading.advance(
-        *single, program, cache, seen_RV, spread(reading.continued(inputs)), pick(id_BC).reshape(-1),
+        single, params, program, cache, seen_RV, spread(reading.continued(inputs)), pick(id_BC).reshape(-1),
         jnp.repeat(inputs.lengths_B, W) + step, jnp.isfinite(total_BW).reshape(-1))
     return step + 1, Beams(cache, seen_RV, logits_RV, jnp.take_along_axis(ids_BCT, kept_BW[:, :, None], axis=1),
                            total_BW, best_ids_BT, jnp.maximum(ended_B, beams.best_B))
 
-  single = reading.single_token(model, params, B * W)
+  single = reading.single_token(model)
   logits_BV, cache, seen_BV = reading.prefill(model, params, program, inputs, length)
   # All beams of a row are one beam at first; rows that only fill the batch have none.
   total_BW = jnp.where((jnp.arange(W) == 0) & (inputs.lengths_B > 0)[:, None], 0.0, -jnp.inf)

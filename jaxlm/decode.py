@@ -13,6 +13,7 @@ import numpy as np
 from jaxlm import beams, reading, speculation
 from jaxlm.errors import JaxlmError
 from jaxlm.models import virtual
+from jaxlm.models.products import OF_ONE
 from jaxlm.models.stack import Cache
 from jaxlm.models.transformer import Transformer
 from jaxlm.reading import NONE
@@ -131,12 +132,11 @@ def _start(model, params, program, numbers, inputs, length) -> tuple[Rows, Array
   return state, reading.told(model, inputs, ids_B)
 
 
-@functools.partial(jax.jit, static_argnames=('model', 'program'), donate_argnames=('state',))
 def _block(model, params, program, numbers, state, stopped_B, steps) -> tuple[Rows, Array]:
   """Up to BLOCK more tokens, fewer where `steps` is less or all rows ended: (state, ids [B, BLOCK]).
 
   Args:
-    model, params: as `reading.single_token` gives them.
+    model: as `reading.single_token` gives it.
   """
   state = state.replace(done_B=state.done_B | stopped_B)
 
@@ -160,6 +160,10 @@ def _block(model, params, program, numbers, state, stopped_B, steps) -> tuple[Ro
   return state.replace(done_B=reading.replicated(model, state.done_B)), reading.replicated(model, ids_BT)
 
 
+_block_of = functools.partial(jax.jit, _block, static_argnames=('model', 'program'), donate_argnames=('state',))
+_block_of_many, _block_of_one = _block_of(), _block_of(compiler_options=OF_ONE)
+
+
 def _loop(model: Transformer, params: Tree, inputs: reading.Inputs, length: int, max_new_tokens: int,
           sampling: Sampling, eos: Ids, stopped: Callable[[int], bool], every: int) -> Iterator[np.ndarray]:
   """Yields ids [B, BLOCK] (at first [B, 1]) as they are produced, NONE where a row has ended.
@@ -173,13 +177,15 @@ def _loop(model: Transformer, params: Tree, inputs: reading.Inputs, length: int,
   state, ids_BT = _start(model, params, program, numbers, inputs, length)
   num_rows, produced = int((inputs.lengths_B > 0).sum()), 1
   stopped_B = np.zeros(len(inputs.lengths_B), bool)
-  model, params = reading.single_token(model, params, len(stopped_B))
+  model, block = reading.single_token(model), _block_of_many
+  if len(stopped_B) == 1 and (one := reading.of_one(model, params)):
+    (model, params), block = one, _block_of_one
   yield np.asarray(ids_BT)[:num_rows]
   while produced < max_new_tokens:
     stopped_B[:num_rows] |= [stopped(row) for row in range(num_rows)]
     if (np.asarray(state.done_B) | stopped_B).all():
       return
     steps = min(every, max_new_tokens - produced)
-    state, ids_BT = _block(model, params, program, numbers, state, stopped_B, np.int32(steps))
+    state, ids_BT = block(model, params, program, numbers, state, stopped_B, np.int32(steps))
     produced += steps
     yield np.asarray(ids_BT)[:num_rows]

@@ -3,6 +3,7 @@
 Prompts of unequal length are padded on the right to a few sizes, so that programs are few.
 """
 import dataclasses
+import functools
 from typing import Any, Sequence
 
 import flax.struct
@@ -10,15 +11,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxlm import transfer, trees
 from jaxlm.errors import JaxlmError
 from jaxlm.models.config import ModelConfig
-from jaxlm.models.stack import Cache, init_cache, join, unstack
+from jaxlm.models.products import OUTPUTS_FIRST
+from jaxlm.models.stack import Cache, init_cache, unstack
 from jaxlm.models.transformer import Transformer
 from jaxlm.sampling import Program, bucket, choose, ends
 from jaxlm.types import Array, Prompt, Tree
 
 PIECE = 512       # columns of a prompt read at once
-JOINED = 1 << 19  # weights of a matrix that is still small
 NONE = -1         # in arrays of produced ids: nothing was produced here
 
 
@@ -238,22 +240,31 @@ def seen(program: Program, seen_BV: Array | None, ids_B: Array, real_B: Array) -
   return seen_BV.at[jnp.arange(ids_B.shape[0]), ids_B].max(real_B) if program.penalises else None
 
 
-def single_token(model: Transformer, params: Tree, rows: int) -> tuple[Transformer, Tree]:
-  """The same for one token at a time, whose scores are few: kernels that cut them in blocks only cost.
-
-  A product of a row with few weights runs on one core, which does not read as fast as the memory gives: then the
-  matrices of queries, keys and values are made one.
-  """
-  config, attention = model.config, model.config.attention
-  size = config.width * attention.num_heads * attention.head_dim
-  plain = (config.mixer == 'attention' and config.structure != 'two_stream' and not attention.latent.kv_rank
-           and config.peft.method not in ('lora', 'ia3') and config.peft.base == 'same')
-  joined = rows == 1 and plain and size < JOINED and model.layout.mesh.size == 1 and not config.share_layers
-  config = dataclasses.replace(config, attention=dataclasses.replace(attention, kernel='dense'), joined=joined)
-  return Transformer(config, model.layout), _join(params, config) if joined else params
+def single_token(model: Transformer) -> Transformer:
+  """The same for one token at a time, whose scores are few: kernels that cut them in blocks only cost."""
+  attention = dataclasses.replace(model.config.attention, kernel='dense')
+  return Transformer(dataclasses.replace(model.config, attention=attention), model.layout)
 
 
-_join = jax.jit(join, static_argnames='config')
+def of_one(model: Transformer, params: Tree) -> tuple[Transformer, Tree] | None:
+  """The same for one row in a program compiled with `products.OF_ONE`, its small kernels copied; None where that does
+  not hold."""
+  config = model.config
+  if (model.layout.platform != 'cpu' or model.layout.mesh.size > 1 or config.products != 'compute'
+      or config.peft.method == 'lora' or config.peft.base != 'same'):
+    return None
+  model = Transformer(dataclasses.replace(config, outputs_first=True), model.layout)
+  return model, _turned(model, params)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _turned(model: Transformer, params: Tree) -> Tree:
+  """Parameters of a model that keeps some kernels outputs first, made of those of one that does not."""
+  leaves = trees.flatten(params)
+  for path, want in trees.flatten(transfer.wanted(model)).items():
+    if path.endswith(OUTPUTS_FIRST):
+      leaves[path] = leaves.pop(path.removesuffix(OUTPUTS_FIRST) + 'kernel').reshape(want.shape[::-1]).T
+  return trees.unflatten(leaves)
 
 
 def cache_length(model: Transformer, needed: int) -> int:

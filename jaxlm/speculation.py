@@ -136,9 +136,9 @@ def _start(model, params, draft_params, program, numbers, inputs, max_new_tokens
 def _block(model, params, draft_params, program, numbers, state, stopped_B, draft, lookup, tokens, block):
   """`block` more tokens of each row, or some more, or fewer where it ends: (state, ids [B, block + tokens])."""
   state = state.replace(done_B=state.done_B | stopped_B)
-  many, _ = reading.single_token(model, params, len(stopped_B) + 1)
+  many = reading.single_token(model)
   guess = functools.partial(_looked_up, lookup) if lookup else functools.partial(
-      _drafted, *reading.single_token(draft, draft_params, len(stopped_B)))
+      _drafted, reading.single_token(draft), draft_params)
 
   def more(carry):
     state, _, filled_B = carry

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from jaxlm import config as base
-from jaxlm import beams, decode, reading, sharding
+from jaxlm import beams, decode, reading, sharding, trees
 from jaxlm.errors import JaxlmError
+from jaxlm.models import layers
 from jaxlm.models.config import freeze
 from jaxlm.models.transformer import Transformer
 from jaxlm.sampling import Sampling, bucket, choose, sampling_numbers, specialised
@@ -130,6 +131,20 @@ def test_repetition_penalty_counts_prompt_and_continuation(tiny):
   assert expected != decode.generate(*tiny, PROMPTS, 12)
 
 
+def test_small_kernels_are_outputs_first_for_one_row_and_large_ones_as_they_were(tiny, monkeypatch):
+  model, params = tiny
+  one, _ = reading.of_one(model, params)
+  monkeypatch.setattr(layers, 'SMALL', 16 * 16)  # keys and values have half of it
+  before, after = trees.flatten(params), trees.flatten(reading._turned.__wrapped__(one, params))
+  for path, x in before.items():
+    if path.endswith(('key/kernel', 'value/kernel')):
+      assert path not in after
+      path, x = path.replace('kernel', 'outputs_first'), x.reshape(16, 8).T
+    np.testing.assert_array_equal(after[path], x, path)
+  lora = dataclasses.replace(model.config, peft=dataclasses.replace(model.config.peft, method='lora'))
+  assert reading.of_one(Transformer(lora, model.layout), params) is None
+
+
 # ---- rows --------------------------------------------------------------------------------------------------------
 
 
@@ -178,10 +193,11 @@ def test_lengths_and_numbers_share_programs(tiny):
   def run(length, **numbers):
     decode.generate(*tiny, [list(range(length))], 7, Sampling(temperature=1.0, **numbers))
   run(1, top_k=5)
-  before = decode._start._cache_size(), decode._block._cache_size()
+  programs = lambda: (decode._start._cache_size(), decode._block_of_one._cache_size())
+  before = programs()
   for length in range(2, 11):
     run(length, top_k=5 + length % 2, seed=length)
-  assert (decode._start._cache_size(), decode._block._cache_size()) == before
+  assert programs() == before
   assert [bucket(n) for n in (1, 16, 17, 24, 25, 33, 1025)] == [16, 16, 24, 24, 32, 48, 1536]
 
 

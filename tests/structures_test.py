@@ -39,6 +39,8 @@ def test_greedy_tokens_are_the_likeliest_of_the_full_forward(name, kind):
       logits_V = logits_BTV[row, len(prompt.ids) - 1 + i]
       assert logits_V[token] > logits_V.max() - 1e-4  # float32 sums in another order
   assert all(len(new) == NEW for new in got)
+  # A row by itself has its small matrices outputs first.
+  assert decode.generate(model, params, prompts, NEW, Sampling(), batch_size=1) == got
 
 
 def test_attention_is_shown_of_every_structure_that_has_it_and_refused_of_others():

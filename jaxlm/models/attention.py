@@ -16,7 +16,6 @@ from jaxlm.sharding import Layout
 from jaxlm.types import Array
 
 SCOPE = 'attend'  # in names of a compiled program's instructions: the kernel's
-PARTS, JOINED = ('query', 'key', 'value'), 'query_key_value'  # projections, and all of them as one
 ATTENTION_SITE, CROSS_SITE = 0, 1  # of dropout; stack.py numbers the others
 
 
@@ -239,18 +238,14 @@ class Attention(nn.Module):
       axes = ('head_dim',) if attention.qk_norm == 'head' else ('heads', 'head_dim')
       norm = lambda x, axis, name: Norm(config, (axis, 'head_dim')[-len(axes):], 2 if attention.qk_norm == 'all' else 1,
                                         name=name)(x)
-    N, K, seen = attention.num_heads, attention.num_kv_heads, context.seen
-    numbers_BS = context.virtual
-    if config.joined and not self.cross:
-      all_BTXH = project(x_BTD, N + 2 * K, 'heads', JOINED)
-      q_BTNH, k_BSKH, v_BSKH = jnp.split(all_BTXH, (N, N + K), axis=2)
-    else:
-      q_BTNH = pin(project(x_BTD, N, 'heads', 'query'), 'act_heads')
-      if self.cross and context.source[0] is None:
-        return norm(q_BTNH, 'heads', 'query_norm'), _turned(cache.k), _turned(cache.v), context.source[1], cache
-      y_BSD, seen, numbers_BS = context.source if self.cross else (x_BTD[:, :context.num_keys], seen, context.virtual)
-      k_BSKH, v_BSKH = (pin(project(y_BSD, K, 'kv_heads', name), 'kv_heads') for name in PARTS[1:])
-    q_BTNH, k_BSKH = norm(q_BTNH, 'heads', 'query_norm'), norm(k_BSKH, 'kv_heads', 'key_norm')
+    N, K = attention.num_heads, attention.num_kv_heads
+    q_BTNH = norm(pin(project(x_BTD, N, 'heads', 'query'), 'act_heads'), 'heads', 'query_norm')
+    if self.cross and context.source[0] is None:
+      return q_BTNH, _turned(cache.k), _turned(cache.v), context.source[1], cache
+    own = x_BTD[:, :context.num_keys], context.seen, context.virtual
+    y_BSD, seen, numbers_BS = context.source if self.cross else own
+    k_BSKH, v_BSKH = (pin(project(y_BSD, K, 'kv_heads', name), 'kv_heads') for name in ('key', 'value'))
+    k_BSKH = norm(k_BSKH, 'kv_heads', 'key_norm')
     if self.cross:
       k_BSKH, v_BSKH = self._prefixed(k_BSKH, v_BSKH, numbers_BS, context)
       return q_BTNH, k_BSKH, v_BSKH, seen, None if cache is None else LayerCache(_turned(k_BSKH), _turned(v_BSKH))
@@ -258,7 +253,7 @@ class Attention(nn.Module):
       interleaved, of_keys = config.positions.rope.interleaved, slice(None, context.num_keys)
       q_BTNH = apply_rope(q_BTNH, rotations, interleaved)
       k_BSKH = apply_rope(k_BSKH, jax.tree.map(lambda x: x[:, of_keys], rotations), interleaved)
-    k_BSKH, v_BSKH = self._prefixed(k_BSKH, v_BSKH, context.virtual, context)
+    k_BSKH, v_BSKH = self._prefixed(k_BSKH, v_BSKH, numbers_BS, context)
     if cache is not None:
       cache, k_BSKH, v_BSKH, seen = _extend(self.layout, cache, k_BSKH, v_BSKH, context, window or 0)
     return q_BTNH, k_BSKH, v_BSKH, seen, cache

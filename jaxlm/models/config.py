@@ -220,7 +220,7 @@ class ModelConfig:
   compute_dtype: str = 'float32'
   param_dtype: str = 'float32'
   products: str = 'compute'  # what multiplies activations by weights: in the compute dtype, or float8
-  joined: bool = False  # one matrix makes queries, keys and values: `stack.join`
+  outputs_first: bool = False  # small kernels are kept so, for one row at a time: `products.of_one`
 
   @property
   def padded_vocab(self) -> int:

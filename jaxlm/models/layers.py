@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec
 from jaxlm.lookup import lookup
 from jaxlm.models import peft, quantised
 from jaxlm.models.config import ModelConfig
-from jaxlm.models.products import product
+from jaxlm.models.products import OUTPUTS_FIRST, SMALL, of_one, product
 from jaxlm.sharding import Layout, axes_of
 from jaxlm.sums import over_lead
 from jaxlm.types import Array
@@ -94,8 +94,12 @@ class Dense(nn.Module):
     inputs = x.shape[x.ndim - self.num_inputs:]
     std = init.std / math.sqrt(2 * self.config.num_layers) if self.residual and init.scale_by_depth else init.std
     normal = nn.initializers.zeros if self.zero else nn.initializers.normal(std)
-    kernel = self.param('kernel', quantised.initialiser(self.config.peft, self.path, normal, self.axes),
-                        inputs + self.features, dtype)
+    shape = inputs + self.features
+    outputs_first = self.config.outputs_first and math.prod(shape) < SMALL
+    if outputs_first:
+      kernel = self.param(OUTPUTS_FIRST, normal, (math.prod(self.features), math.prod(inputs)), dtype)
+    else:
+      kernel = self.param('kernel', quantised.initialiser(self.config.peft, self.path, normal, self.axes), shape, dtype)
     out_axes = self.axes[self.num_inputs:]
     bias = None
     if self.bias:
@@ -106,7 +110,10 @@ class Dense(nn.Module):
     scaled = peft.at(self.config.peft, 'ia3', self.path)
     if scaled == 'in':
       x = peft.Scale(self.config, self.axes[:self.num_inputs], inputs, name=peft.SCALE)(x)
-    y = product(self.layout, self.axes, self.config.products == 'float8', x, kernel, None if rank else bias)
+    if outputs_first:
+      y = of_one(x, kernel, bias)
+    else:
+      y = product(self.layout, self.axes, self.config.products == 'float8', x, kernel, None if rank else bias)
     if rank:
       y = peft.LowRank(self.config, self.layout, rank, inputs, self.features, self.axes, name=peft.LORA)(x, y, kernel)
       y = y if bias is None else y + bias.reshape(-1).astype(y.dtype)

@@ -336,18 +336,6 @@ def unstack(params: Tree, config: ModelConfig, layout: Layout | None = None) -> 
   return trees.unflatten(out | {path: leaf for path, leaf in leaves.items() if path not in done})
 
 
-def join(params: Tree, config: ModelConfig) -> Tree:
-  """Parameters of a model with scan=False, as of the same model with joined=True: one matrix in the place of three."""
-  leaves, parts = trees.flatten(params), attention_module.PARTS
-  for layer in range(config.num_layers):
-    place = f'stack/layer_{layer}/attention/'
-    for leaf in ('kernel', 'bias'):
-      if f'{place}{parts[0]}/{leaf}' in leaves:
-        leaves[f'{place}{attention_module.JOINED}/{leaf}'] = jnp.concatenate(
-            [leaves.pop(f'{place}{part}/{leaf}') for part in parts], axis=-2)
-  return trees.unflatten(leaves)
-
-
 def restack(params: Tree, config: ModelConfig) -> Tree:
   """The inverse of `unstack`."""
   out, stacked, places = {}, {}, _places(config)

@@ -17,7 +17,7 @@ def test_a_model_config_has_the_keys_of_the_schema_and_no_others():
     return {k: keys(v) if isinstance(v, dict) else None for k, v in tree.items()}
 
   mine = fields(models.ModelConfig)
-  assert {k: mine.pop(k) for k in ('visibility', 'compute_dtype', 'param_dtype', 'products', 'joined')}
+  assert {k: mine.pop(k) for k in ('visibility', 'compute_dtype', 'param_dtype', 'products', 'outputs_first')}
   assert mine == keys(SCHEMA['model'])
 
 

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlm.models.products import product
+from jaxlm.models.products import OF_ONE, of_one, product
 
 
 @pytest.mark.parametrize('lead', [(6,), (2, 3)])
@@ -18,6 +18,16 @@ def test_gradients_of_a_product_are_those_of_the_plain_one(lead, model_of):
   want = of(lambda x, kernel, bias: x @ kernel.reshape(8, 10) + bias.reshape(10))
   for a, b in zip(got, want, strict=True):
     np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+def test_a_kernel_outputs_first_multiplies_as_it_did(dtype, model_of):
+  rng = np.random.default_rng(0)
+  x, kernel, bias = (jnp.asarray(rng.standard_normal(s), jnp.float32).astype(dtype) for s in ((1, 3, 8), (8, 10), (10,)))
+  got = jax.jit(of_one, compiler_options=OF_ONE)(x, kernel.T, bias)
+  want = product(model_of().layout, ('embed', 'mlp'), False, x, kernel, bias)
+  assert got.dtype == want.dtype
+  np.testing.assert_allclose(*(np.asarray(y, np.float32) for y in (got, want)), rtol=1e-5 if dtype == 'float32' else 1e-2)
 
 
 def _rounded(x, dtype):
