@@ -22,6 +22,7 @@ from jaxlm.checkpoint import SLICE, Checkpoints
 from jaxlm.errors import JaxlmError, RunFailed
 from jaxlm.rundir import lock
 from jaxlm.types import TrainState
+from devices import xla_flags
 
 DATA = {'examples': 96, 'skips': [[3, 7]]}
 
@@ -390,7 +391,7 @@ folder = pathlib.Path(sys.argv[1])
 
 
 def python(script: str, *args, devices: int = 1) -> subprocess.Popen:
-  env = {**os.environ, 'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices}',
+  env = {**os.environ, 'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': xla_flags(devices),
          'PYTHONPATH': str(pathlib.Path(__file__).parents[1])}
   return subprocess.Popen([sys.executable, '-c', PRELUDE + script, *map(str, args)], env=env, text=True,
                           stdout=subprocess.PIPE, stderr=subprocess.PIPE)

@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from jaxlm import cluster, lastwords
+from devices import xla_flags
 
 ROOT = pathlib.Path(__file__).parents[1]
 RECIPES = ROOT / 'experiments/cluster'
@@ -62,7 +63,7 @@ def test_one_box_runs_several_processes(corpus, tmp_path):
       ['bash', RECIPES / 'one_box.sh', '2', f'{ROOT}/experiments/quickstart.py:smoke', f'--workdir={tmp_path}/run',
        '--config.data.source=text', f'--config.data.paths={corpus}', '--config.steps=2', '--config.eval.prompts=()'],
       env={**os.environ, 'PYTHONPATH': str(ROOT), 'PATH': f'{os.path.dirname(sys.executable)}:{os.environ["PATH"]}',
-           'XLA_FLAGS': '--xla_force_host_platform_device_count=1'},
+           'XLA_FLAGS': xla_flags(1)},
       capture_output=True, text=True, timeout=300, check=False)
   assert done.returncode == 0, done.stderr
   assert json.loads((tmp_path / 'run/run.json').read_text())['starts'][0]['processes'] == 2

@@ -16,6 +16,7 @@ import pytest
 
 from jaxlm import checkpoint, trees
 from jaxlm.metrics import read_jsonl
+from devices import xla_flags
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -24,8 +25,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 def start(corpus):
   """Starts main on a small model; 24 steps, saved every second one."""
   def run(workdir, *flags, devices=1, program=('-m', 'jaxlm.main'), more={}):
-    environment = dict(os.environ, PYTHONPATH=str(ROOT), **more,
-                       XLA_FLAGS=f'--xla_force_host_platform_device_count={devices}')
+    environment = dict(os.environ, PYTHONPATH=str(ROOT), **more, XLA_FLAGS=xla_flags(devices))
     command = [sys.executable, *program, f'--config={ROOT}/experiments/quickstart.py:smoke',
                f'--workdir={workdir}', '--config.data.source=text', f'--config.data.paths={corpus}',
                '--config.steps=24', '--config.save_every=2', '--config.model.num_layers=2',

@@ -17,6 +17,7 @@ from jaxlm import config as base
 from jaxlm.data.tasks import Example, Task
 from jaxlm.errors import JaxlmError, Preempted
 from jaxlm.metrics import read_jsonl
+from devices import xla_flags
 
 LETTERS = 'abcdefgh'
 BASE = 60
@@ -277,7 +278,7 @@ def test_two_processes_learn_what_one_does(world, tmp_path):
     s.bind(('localhost', 0))
     port = s.getsockname()[1]
   def begun(name, process, port, devices):
-    environment = os.environ | {'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices}', 'PYTHONPATH': os.pathsep.join(
+    environment = os.environ | {'XLA_FLAGS': xla_flags(devices), 'PYTHONPATH': os.pathsep.join(
         str(folder) for folder in (pathlib.Path(__file__).parent, pathlib.Path(__file__).parents[1]))}
     command = [sys.executable, '-c', PROCESS, str(process), str(port), *world, f'{tmp_path}/{name}']
     return subprocess.Popen(command, env=environment)
