@@ -83,6 +83,6 @@ def of_one(x: Array, kernel_OI: Array, bias: Array | None) -> Array:
   """What `product` returns, without gradients, of a kernel outputs first; fast for one row in a program compiled with
   OF_ONE. Sums are float32."""
   x_R1I = x.reshape(-1, 1, x.shape[-1]).astype(jnp.float32)
-  y_RO = (x_R1I * kernel_OI.astype(jnp.float32)).sum(-1).astype(x.dtype)
+  y_RO = (x_R1I * kernel_OI.astype(x.dtype)).sum(-1).astype(x.dtype)
   y_RO = y_RO if bias is None else y_RO + bias.reshape(-1).astype(x.dtype)
   return y_RO.reshape(*x.shape[:-1], -1)
