@@ -177,10 +177,10 @@ def _loop(model: Transformer, params: Tree, inputs: reading.Inputs, length: int,
   state, ids_BT = _start(model, params, program, numbers, inputs, length)
   num_rows, produced = int((inputs.lengths_B > 0).sum()), 1
   stopped_B = np.zeros(len(inputs.lengths_B), bool)
-  model, block = reading.single_token(model), _block_of_many
-  if len(stopped_B) == 1 and (one := reading.of_one(model, params)):
-    (model, params), block = one, _block_of_one
   yield np.asarray(ids_BT)[:num_rows]
+  model, block = reading.single_token(model), _block_of_many
+  if len(stopped_B) == 1 < max_new_tokens and (one := reading.for_one_row(model, params)):
+    (model, params), block = one, _block_of_one
   while produced < max_new_tokens:
     stopped_B[:num_rows] |= [stopped(row) for row in range(num_rows)]
     if (np.asarray(state.done_B) | stopped_B).all():

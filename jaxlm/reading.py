@@ -246,7 +246,7 @@ def single_token(model: Transformer) -> Transformer:
   return Transformer(dataclasses.replace(model.config, attention=attention), model.layout)
 
 
-def of_one(model: Transformer, params: Tree) -> tuple[Transformer, Tree] | None:
+def for_one_row(model: Transformer, params: Tree) -> tuple[Transformer, Tree] | None:
   """The same for one row in a program compiled with `products.OF_ONE`, its small kernels copied; None where that does
   not hold."""
   config = model.config
@@ -254,11 +254,11 @@ def of_one(model: Transformer, params: Tree) -> tuple[Transformer, Tree] | None:
       or config.peft.method == 'lora' or config.peft.base != 'same'):
     return None
   model = Transformer(dataclasses.replace(config, outputs_first=True), model.layout)
-  return model, _turned(model, params)
+  return model, _outputs_first(model, params)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _turned(model: Transformer, params: Tree) -> Tree:
+def _outputs_first(model: Transformer, params: Tree) -> Tree:
   """Parameters of a model that keeps some kernels outputs first, made of those of one that does not."""
   leaves = trees.flatten(params)
   for path, want in trees.flatten(transfer.wanted(model)).items():

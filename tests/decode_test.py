@@ -133,16 +133,16 @@ def test_repetition_penalty_counts_prompt_and_continuation(tiny):
 
 def test_small_kernels_are_outputs_first_for_one_row_and_large_ones_as_they_were(tiny, monkeypatch):
   model, params = tiny
-  one, _ = reading.of_one(model, params)
+  one, _ = reading.for_one_row(model, params)
   monkeypatch.setattr(layers, 'SMALL', 16 * 16)  # keys and values have half of it
-  before, after = trees.flatten(params), trees.flatten(reading._turned.__wrapped__(one, params))
+  before, after = trees.flatten(params), trees.flatten(reading._outputs_first.__wrapped__(one, params))
   for path, x in before.items():
     if path.endswith(('key/kernel', 'value/kernel')):
       assert path not in after
       path, x = path.replace('kernel', 'outputs_first'), x.reshape(16, 8).T
     np.testing.assert_array_equal(after[path], x, path)
   lora = dataclasses.replace(model.config, peft=dataclasses.replace(model.config.peft, method='lora'))
-  assert reading.of_one(Transformer(lora, model.layout), params) is None
+  assert reading.for_one_row(Transformer(lora, model.layout), params) is None
 
 
 # ---- rows --------------------------------------------------------------------------------------------------------
